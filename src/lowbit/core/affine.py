@@ -1,0 +1,140 @@
+"""The one affine formula: real = (code - zero_point) * scale.
+
+Every granularity uses it as it stands, because a scale keeps the rank of its tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.core.spec import QuantSpec, expand_to
+from lowbit.errors import LowbitError
+
+__all__ = ["check_finite", "choose_qparams", "dequantize", "fake_quantize", "group_amin_amax", "quantize"]
+
+# The smallest scale: products of two scales and their quotient by a third stay normal in float32.
+MIN_SCALE = 2.0**-60
+FP16_MAX = 65504.0
+
+
+def check_finite(x: Tensor, what: str = "the tensor") -> None:
+    """Raise LowbitError when `x` holds NaN or infinity."""
+    if x.numel() and not torch.isfinite(x).all():
+        nan, inf = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
+        raise LowbitError(f"{what} holds {nan} NaN and {inf} infinite values; quantization needs finite numbers")
+
+
+def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover the range [lo, hi].
+
+    Zero is always representable, exactly: the range is widened to hold it. A range of zero width (an all-zero or
+    empty tensor) gets scale 1.
+
+    Args:
+        lo, hi: ends of the range, in the shape of the scale.
+        spec: a spec of kind "int".
+
+    Returns:
+        scale: float32, as shaped as `lo`; a power of two at least as large as needed when `spec.scale` is "pow2".
+        zero_point: int32 of the same shape, or None when the spec is symmetric.
+
+    Raises:
+        LowbitError: the range is NaN, infinite or upside down.
+    """
+    check_finite(lo, "the range")
+    check_finite(hi, "the range")
+    if (lo > hi).any():
+        raise LowbitError(f"the range is upside down: lo {lo.max().item():g} is above hi {hi.min().item():g}")
+    lo, hi = lo.double().clamp(max=0.0), hi.double().clamp(min=0.0)
+    if spec.kind == "float":
+        return torch.ones_like(lo, dtype=torch.float32), None
+    if spec.symmetric:
+        scale = hi / spec.qmax
+        if spec.signed:
+            scale = torch.maximum(scale, lo / spec.qmin)
+    else:
+        scale = (hi - lo) / (spec.qmax - spec.qmin)
+    scale = torch.where(scale > 0, scale.clamp(min=MIN_SCALE), 1.0)
+    if spec.scale == "pow2":
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    scale = scale.float()
+    if spec.symmetric:
+        return scale, None
+    zero_point = (spec.qmin - lo / scale.double()).round().clamp(spec.qmin, spec.qmax)
+    return scale, zero_point.to(torch.int32)
+
+
+def _round(x: Tensor, spec: QuantSpec) -> Tensor:
+    return torch.round(x) if spec.rounding == "half_even" else torch.floor(x + 0.5)
+
+
+def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """clamp(round(x / scale) + zero_point), still as floating point numbers."""
+    codes = _round(x / scale, spec)
+    if zero_point is not None:
+        codes = codes + zero_point
+    return codes.clamp(spec.qmin, spec.qmax)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Codes of `x`, in `spec.dtype`: clamp(round(x / scale) + zero_point, qmin, qmax).
+
+    Infinite values saturate; NaN is an error, for no code stands for it.
+    """
+    if torch.isnan(x).any():
+        check_finite(x)
+    if spec.kind == "float":
+        return x.float().clamp(-FP16_MAX, FP16_MAX).half()
+    zero_point = None if zero_point is None else expand_to(zero_point, x.shape)
+    return _codes(x.float(), expand_to(scale, x.shape), zero_point, spec).to(spec.dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """(codes - zero_point) * scale, in float32."""
+    real = codes.float()
+    if zero_point is not None:
+        real = real - expand_to(zero_point, codes.shape)
+    return real * expand_to(scale, codes.shape)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """dequantize(quantize(x)) without leaving floating point; NaN stays NaN."""
+    if spec.kind == "float":
+        return x.clamp(-FP16_MAX, FP16_MAX).half().to(x.dtype)
+    scale = expand_to(scale, x.shape)
+    if zero_point is None:
+        return _codes(x, scale, None, spec) * scale
+    zero_point = expand_to(zero_point, x.shape)
+    return (_codes(x, scale, zero_point, spec) - zero_point) * scale
+
+
+def group_amin_amax(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each set of elements that shares a scale, in the shape of the scale."""
+    shape = spec.scale_shape(x.shape)
+    if x.numel() == 0:
+        return torch.zeros(shape), torch.zeros(shape)
+    rows = grouped(x, shape)
+    lo, hi = torch.aminmax(rows, dim=1)
+    return lo.reshape(shape), hi.reshape(shape)
+
+
+def grouped(x: Tensor, scale_shape: tuple[int, ...]) -> Tensor:
+    """View or copy `x` as [number of scales, elements of each], in the order of the flattened scale."""
+    split: list[int] = []
+    for n, groups in zip(x.shape, scale_shape, strict=True):
+        split += [groups, n // groups]
+    rank = x.ndim
+    order = [2 * d for d in range(rank)] + [2 * d + 1 for d in range(rank)]
+    scales = 1
+    for groups in scale_shape:
+        scales *= groups
+    return x.reshape(split).permute(order).reshape(scales, -1)
+
+
+def ungrouped(rows: Tensor, scale_shape: tuple[int, ...], shape: torch.Size) -> Tensor:
+    """Inverse of `grouped`."""
+    rank = len(shape)
+    inner = [n // groups for n, groups in zip(shape, scale_shape, strict=True)]
+    order = [d + half * rank for d in range(rank) for half in (0, 1)]
+    return rows.reshape(*scale_shape, *inner).permute(order).reshape(shape)

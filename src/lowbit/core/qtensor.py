@@ -1,0 +1,125 @@
+"""A quantized tensor at rest, and the error that quantizing made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.core.affine import check_finite, choose_qparams, dequantize, group_amin_amax, quantize
+from lowbit.core.spec import QuantSpec
+from lowbit.errors import LowbitError
+
+__all__ = ["QTensor", "QuantizationError", "quantization_error"]
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """Codes and what they mean. A record, not a torch.Tensor subclass.
+
+    Invariant: `dequantize() == (codes - zero_point) * scale`, with `scale.ndim == codes.ndim`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    spec: QuantSpec
+
+    def __post_init__(self) -> None:
+        if tuple(self.scale.shape) != self.spec.scale_shape(self.codes.shape):
+            raise LowbitError(
+                f"scale of shape {list(self.scale.shape)} does not fit codes of shape {list(self.codes.shape)}; "
+                f"{self.spec} asks for {list(self.spec.scale_shape(self.codes.shape))}"
+            )
+        if self.codes.dtype != self.spec.dtype:
+            raise LowbitError(f"codes are {self.codes.dtype}; {self.spec} asks for {self.spec.dtype}")
+        if (self.zero_point is None) != (self.spec.symmetric or self.spec.kind == "float"):
+            raise LowbitError(f"a zero point goes with an asymmetric spec and only there; the spec is {self.spec}")
+
+    @classmethod
+    def quantize(cls, x: Tensor, spec: QuantSpec, range: tuple[Tensor, Tensor] | None = None) -> QTensor:
+        """Quantize `x` with the scale that covers `range`, by default its smallest to largest value.
+
+        A constant tensor is represented up to float rounding; an all-zero or empty one gets scale 1.
+
+        Args:
+            x: float tensor of any shape.
+            range: lo and hi in the shape `spec.scale_shape(x.shape)`.
+
+        Raises:
+            LowbitError: `x` holds NaN or infinity, or its shape does not fit the granularity.
+        """
+        check_finite(x)
+        lo, hi = group_amin_amax(x, spec) if range is None else range
+        scale, zero_point = choose_qparams(lo, hi, spec)
+        return cls(quantize(x, scale, zero_point, spec), scale, zero_point, spec)
+
+    def dequantize(self) -> Tensor:
+        """float32 tensor of the shape of the codes."""
+        return dequantize(self.codes, self.scale, self.zero_point)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes, the scales and the zero points, as stored on disk."""
+        codes = math.ceil(self.codes.numel() * self.spec.bits / 8)
+        scale = 0 if self.spec.kind == "float" else 4 * self.scale.numel()
+        return codes + scale + (0 if self.zero_point is None else 4 * self.zero_point.numel())
+
+
+@dataclass(frozen=True)
+class QuantizationError:
+    """What quantizing a tensor cost. All in the units of the tensor but `relative` and `sqnr_db`."""
+
+    # mean |x - q|
+    mae: float
+    # |x - q|_2 / |x|_2
+    relative: float
+    # largest |x - q|
+    max: float
+    # mean (x - q)^2
+    mse: float
+    # 10 log10(mean x^2 / mean (x - q)^2)
+    sqnr_db: float
+    # mean of scale^2 / 12: the error of rounding when x is spread evenly over each step (Widrow 1956); for fp16 the
+    # step is the spacing of the half-precision numbers at x
+    theoretical_mse: float
+
+
+def quantization_error(x: Tensor, spec: QuantSpec, range: tuple[Tensor, Tensor] | None = None) -> QuantizationError:
+    """Quantize `x` under `spec` and measure the damage.
+
+    Args:
+        x: float tensor of any shape with at least one element.
+        range: lo and hi to cover, in the shape of the scale; by default the range of `x`.
+
+    Raises:
+        LowbitError: `x` is empty, or holds NaN or infinity.
+    """
+    if x.numel() == 0:
+        raise LowbitError("the error of an empty tensor is undefined; pass at least one element")
+    q = QTensor.quantize(x, spec, range)
+    x = x.double()
+    error = x - q.dequantize().double()
+    mse, power = error.square().mean().item(), x.square().mean().item()
+    if spec.kind == "float":
+        step = torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=2.0**-14))) - 10)
+        theory = step.square().mean().item() / 12
+    else:
+        theory = q.scale.double().square().mean().item() / 12
+    return QuantizationError(
+        mae=error.abs().mean().item(),
+        relative=math.sqrt(mse / power) if power else 0.0,
+        max=error.abs().max().item(),
+        mse=mse,
+        sqnr_db=sqnr_db(power, mse),
+        theoretical_mse=theory,
+    )
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise) of two powers; infinite when there is no noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

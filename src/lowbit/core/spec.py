@@ -1,0 +1,187 @@
+"""How numbers look: `QuantSpec` and the granularity of its scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+
+__all__ = ["FP16", "INT4", "INT8", "UINT8", "Granularity", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor: scale shape [1, ..., 1]."""
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (1,) * len(shape)
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each index of `axis`: scale shape [1, ..., shape[axis], ..., 1]."""
+
+    axis: int = 0
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        axis = _positive_axis(self.axis, shape)
+        return tuple(n if d == axis else 1 for d, n in enumerate(shape))
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for each run of `size` indices of `axis`, separately for each index of axis 0."""
+
+    axis: int = 1
+    size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise LowbitError(f"group size {self.size} is not positive; use 32, 64 or 128")
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        axis = _positive_axis(self.axis, shape)
+        length = shape[axis]
+        if length % self.size:
+            fits = [n for n in range(1, length + 1) if length % n == 0]
+            near = sorted(sorted(fits, key=lambda n: abs(n - self.size))[:2], reverse=True)
+            cure = " or ".join(str(n) for n in near)
+            raise LowbitError(
+                f"group size {self.size} does not divide the {length} entries of axis {axis} "
+                f"of a tensor of shape {list(shape)}; use {cure}"
+            )
+        groups = {axis: length // self.size}
+        return tuple(groups.get(d, n if d == 0 else 1) for d, n in enumerate(shape))
+
+
+Granularity = PerTensor | PerChannel | PerGroup
+_GRANULARITIES = {"tensor": PerTensor, "channel": PerChannel, "group": PerGroup}
+
+
+def _positive_axis(axis: int, shape: Sequence[int]) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise LowbitError(f"axis {axis} does not exist in a tensor of shape {list(shape)}")
+    return axis % len(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How the numbers of one tensor look; all that exporters, cost and reports need to know.
+
+    Invariant: a code lies in [qmin, qmax] and stands for (code - zero_point) * scale.
+    """
+
+    # width of one code; 1..16
+    bits: int
+    # "int": affine integer codes; "float": IEEE half precision, for which bits is 16
+    kind: Literal["int", "float"] = "int"
+    # two's complement codes, or codes from 0 up
+    signed: bool = True
+    # symmetric <=> there is no zero point
+    symmetric: bool = True
+    # which elements share a scale
+    granularity: Granularity = PerTensor()
+    # drop the code -2^(bits-1), so that the codes are symmetric about 0
+    narrow: bool = False
+    # "pow2" <=> the scale is a power of two: a shift in hardware
+    scale: Literal["float", "pow2"] = "float"
+    # ties of the rounding: to the even code, or up
+    rounding: Literal["half_even", "half_up"] = "half_even"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.bits, int) and 1 <= self.bits <= 16):
+            raise LowbitError(f"bits={self.bits!r} is not a whole number from 1 to 16")
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise LowbitError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(allowed)}")
+        if self.kind == "float":
+            if self.bits != 16:
+                raise LowbitError(f"kind='float' has 16 bits, not {self.bits}; use FP16, or kind='int'")
+            return
+        if self.narrow and not self.signed:
+            raise LowbitError("narrow=True drops -2^(bits-1), which unsigned codes do not have; use signed=True")
+        if self.bits == 1 and self.signed and (self.symmetric or self.narrow):
+            raise LowbitError(
+                "1-bit signed symmetric codes are {-1, 0}: no positive value exists; "
+                "use signed=False, or symmetric=False with narrow=False"
+            )
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(2 ** (self.bits - 1)) + int(self.narrow) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The smallest torch dtype that holds every code."""
+        if self.kind == "float":
+            return torch.float16
+        if self.bits <= 8:
+            return torch.int8 if self.signed else torch.uint8
+        return torch.int16 if self.signed or self.bits < 16 else torch.int32
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of that shape; it has the same rank.
+
+        Raises:
+            LowbitError: an axis that does not exist, or a group size that does not divide its axis.
+        """
+        return self.granularity.scale_shape(shape)
+
+    def __str__(self) -> str:
+        if self.kind == "float":
+            return "fp16"
+        where = self.granularity
+        label = {PerTensor: "tensor", PerChannel: "channel"}.get(type(where)) or f"group{where.size}"  # type: ignore[union-attr]
+        parts = ["" if self.signed else "u", f"int{self.bits}", "" if self.symmetric else "+zp", f"/{label}"]
+        return "".join(parts) + ("/pow2" if self.scale == "pow2" else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, equal after `from_dict`."""
+        name = next(n for n, cls in _GRANULARITIES.items() if type(self.granularity) is cls)
+        data = asdict(self) | {"granularity": {"per": name, **asdict(self.granularity)}}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> QuantSpec:
+        """Inverse of `to_dict`; the granularity may also be written as its name alone."""
+        fields = dict(data)
+        where = fields.pop("granularity", "tensor")
+        where = {"per": where} if isinstance(where, str) else dict(where)
+        per = where.pop("per", None)
+        if per not in _GRANULARITIES:
+            raise LowbitError(f"granularity {per!r} is unknown; use one of {', '.join(_GRANULARITIES)}")
+        try:
+            return cls(granularity=_GRANULARITIES[per](**where), **fields)
+        except TypeError as error:
+            raise LowbitError(f"not a quantization spec: {error}") from None
+
+
+_CHOICES = {"kind": ("int", "float"), "scale": ("float", "pow2"), "rounding": ("half_even", "half_up")}
+
+INT8 = QuantSpec(bits=8, granularity=PerChannel(0))
+"""Weights: signed, symmetric, one scale per output channel."""
+INT4 = QuantSpec(bits=4, granularity=PerChannel(0))
+"""Weights in four bits: signed, symmetric, one scale per output channel."""
+UINT8 = QuantSpec(bits=8, signed=False, symmetric=False)
+"""Activations: unsigned with a zero point, one scale per tensor."""
+FP16 = QuantSpec(bits=16, kind="float")
+"""IEEE half precision; no scale."""
+
+
+def expand_to(scale: Tensor, shape: Sequence[int]) -> Tensor:
+    """Repeat a per-group `scale` so that it broadcasts against a tensor of `shape`; others pass through."""
+    for d, (have, want) in enumerate(zip(scale.shape, shape, strict=True)):
+        if have not in (1, want):
+            scale = scale.repeat_interleave(want // have, dim=d)
+    return scale

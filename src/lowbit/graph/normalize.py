@@ -1,0 +1,217 @@
+"""One way of writing each thing: what later passes can rely on after tracing."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lowbit.graph.ops import is_tensor, label, module_of
+
+__all__ = ["name_nodes", "normalize"]
+
+_IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv}
+_INPLACE_FLAG = (F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.dropout)
+
+
+def normalize(gm: fx.GraphModule) -> None:
+    """Rewrite in place: no in-place operation, weights in modules, one spelling of global pooling, every node named."""
+    for rewrite in (_out_of_place, _weights_to_modules, _means_to_pooling, _drop_dead_shapes):
+        rewrite(gm)
+    gm.graph.lint()
+    gm.recompile()
+    name_nodes(gm)
+
+
+def _out_of_place(gm: fx.GraphModule) -> None:
+    """An in-place operation becomes an ordinary one whose result later readers of its input read instead."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    in_place = [node for node in order if node.args and isinstance(node.args[0], fx.Node) and _is_in_place(node)]
+    for node in in_place:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        source.replace_all_uses_with(node, delete_user_cb=lambda user, at=node: order[user] > order[at])
+    for node in in_place:
+        _make_functional(node)
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(module_of(node), "inplace", False))
+    if node.op == "call_function":
+        return node.target in _IN_PLACE or _flagged(node) or _without_underscore(node.target) is not None
+    name = str(node.target)
+    return node.op == "call_method" and name.endswith("_") and not name.endswith("__") and hasattr(Tensor, name[:-1])
+
+
+def _flagged(node: fx.Node) -> bool:
+    """F.relu(x, inplace=True) and its kin; the flag is always their last positional parameter."""
+    return bool(node.kwargs.get("inplace")) or (node.target in _INPLACE_FLAG and node.args[-1] is True)
+
+
+def _make_functional(node: fx.Node) -> None:
+    if node.op == "call_module":
+        module_of(node).inplace = False  # type: ignore[assignment]
+    elif node.op == "call_method":
+        node.target = str(node.target)[:-1]
+    elif _flagged(node):
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        node.args = tuple(a for a in node.args if a is not True)
+    else:
+        node.target = _IN_PLACE.get(node.target) or _without_underscore(node.target)
+
+
+def _without_underscore(target: Any) -> Any:
+    name = getattr(target, "__name__", "")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    return getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
+
+
+def _weights_to_modules(gm: fx.GraphModule) -> None:
+    """F.conv2d(x, self.w) and its kin become a call of a layer that holds the very Parameter."""
+    made: dict[tuple[Any, ...], str] = {}
+    for node in list(gm.graph.nodes):
+        build = _BUILDERS.get(node.target) if node.op == "call_function" else None
+        bound = _bound(node) if build else None
+        if build is None or bound is None:
+            continue
+        tensors = {k: _parameter(gm, bound.pop(k, None)) for k in ("weight", "bias")}
+        source = bound.pop("input")
+        if tensors["weight"] is None or not all(_constant(v) for v in bound.values()):
+            continue
+        key = (node.target, tensors["weight"][0], str(sorted(bound.items())))
+        if key not in made:
+            weight, bias = tensors["weight"][1], tensors["bias"][1] if tensors["bias"] else None
+            made[key] = _free_path(gm, tensors["weight"][0], label(node))
+            gm.add_submodule(made[key], build(weight, bias, bound))
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_module(made[key], (source,))
+        call.meta.update(node.meta)
+        node.replace_all_uses_with(call)
+        gm.graph.erase_node(node)
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            gm.graph.erase_node(node)
+
+
+def _bound(node: fx.Node) -> dict[str, Any] | None:
+    names = _SIGNATURES[node.target]
+    bound = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    bias = bound.get("bias")
+    return None if isinstance(bias, fx.Node) and bias.op != "get_attr" else bound
+
+
+def _parameter(gm: fx.GraphModule, node: Any) -> tuple[str, nn.Parameter] | None:
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value = operator.attrgetter(str(node.target))(gm)
+    return (str(node.target), value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False))
+
+
+def _constant(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_constant(v) for v in value)
+    return not isinstance(value, fx.Node)
+
+
+def _free_path(gm: fx.GraphModule, weight: str, op: str) -> str:
+    """A path beside the weight: `block.w` used by conv2d becomes `block.w_conv2d`."""
+    path, names = f"{weight}_{op}", {name for name, _ in gm.named_modules()}
+    while path in names:
+        path += "_"
+    return path
+
+
+_CONV_SIGNATURE = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_SIGNATURES: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    F.conv1d: _CONV_SIGNATURE,
+    F.conv2d: _CONV_SIGNATURE,
+    F.conv_transpose2d: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    F.embedding: ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+}
+
+
+def _fill(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+    return layer
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None, options: dict[str, Any]) -> nn.Module:
+    return _fill(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta"), weight, bias)
+
+
+def _conv(kind: type[nn.Module], transposed: bool = False) -> Any:
+    def build(weight: nn.Parameter, bias: nn.Parameter | None, options: dict[str, Any]) -> nn.Module:
+        groups = options.get("groups", 1)
+        inputs, outputs = weight.shape[0], weight.shape[1]
+        inputs, outputs = (inputs, outputs * groups) if transposed else (outputs * groups, inputs)
+        return _fill(kind(inputs, outputs, tuple(weight.shape[2:]), bias=bias is not None, device="meta", **options), weight, bias)
+
+    return build
+
+
+def _embedding(weight: nn.Parameter, bias: nn.Parameter | None, options: dict[str, Any]) -> nn.Module:
+    return _fill(nn.Embedding(*weight.shape, device="meta", **options), weight, None)
+
+
+_BUILDERS: dict[Any, Any] = {
+    F.linear: _linear,
+    F.conv1d: _conv(nn.Conv1d),
+    F.conv2d: _conv(nn.Conv2d),
+    F.conv_transpose2d: _conv(nn.ConvTranspose2d, transposed=True),
+    F.embedding: _embedding,
+}
+
+
+def _means_to_pooling(gm: fx.GraphModule) -> None:
+    """x.mean((2, 3)) of an image is global average pooling, for which integer kernels exist."""
+    for node in list(gm.graph.nodes):
+        if node.target not in (torch.mean, "mean") or not node.args or not is_tensor(node.args[0]):
+            continue
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+        source = node.args[0]
+        if source.meta["value"].ndim != 4 or not isinstance(dims, (tuple, list)) or sorted(d % 4 for d in dims) != [2, 3]:
+            continue
+        with gm.graph.inserting_before(node):
+            pooled = gm.graph.call_function(F.adaptive_avg_pool2d, (source, 1))
+            result = pooled if keep else gm.graph.call_function(torch.flatten, (pooled, 1))
+        pooled.meta.update(node.meta, value=source.meta["value"].mean((2, 3), keepdim=True))
+        result.meta.update(node.meta)
+        if keep:
+            pooled.meta["value"] = node.meta["value"]
+        node.replace_all_uses_with(result)
+        gm.graph.erase_node(node)
+
+
+def _drop_dead_shapes(gm: fx.GraphModule) -> None:
+    """Arithmetic on shapes that nothing reads, left behind by branches that tracing decided."""
+    for node in reversed(list(gm.graph.nodes)):
+        if not node.users and node.op in ("call_function", "call_method") and not isinstance(node.meta.get("value"), Tensor):
+            if node.target is not operator.setitem:
+                gm.graph.erase_node(node)
+
+
+def name_nodes(gm: fx.GraphModule) -> None:
+    """Give every node the name that rules match and tables show: its module's path, or scope.operation."""
+    seen: Counter[str] = Counter()
+    whole = "model" in gm.meta.get("leaves", {}) and any(n.target == "model" for n in gm.graph.nodes)
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            name = str(node.target)
+        elif node.op == "placeholder":
+            name = str(node.target)
+        else:
+            name = ".".join(part for part in (node.meta.get("scope", ""), label(node).strip("_")) if part)
+        if whole:
+            name = name.removeprefix("model.")
+        seen[name] += 1
+        node.meta["name"] = name if seen[name] == 1 else f"{name}#{seen[name]}"

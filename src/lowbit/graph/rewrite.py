@@ -1,0 +1,46 @@
+"""The only edits of a graph: swap a module, insert one behind a node, remove one."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx, nn
+
+__all__ = ["clone", "finish", "insert_after", "remove", "swap"]
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A deep copy: graph, modules and tensors."""
+    return copy.deepcopy(gm)
+
+
+def swap(gm: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` leads, in every place that holds the same object."""
+    old = gm.get_submodule(path)
+    for parent in list(gm.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, module)
+
+
+def insert_after(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> fx.Node:
+    """Call `module`, added at `path`, on the result of `node`; all who read `node` read the new node."""
+    gm.add_submodule(path, module)
+    with gm.graph.inserting_after(node):
+        call = gm.graph.call_module(path, (node,))
+    call.meta.update(value=node.meta["value"], name=path, scope="")
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    return call
+
+
+def remove(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Take out a node with one input: its readers read that input."""
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    gm.graph.erase_node(node)
+
+
+def finish(gm: fx.GraphModule) -> None:
+    """Make edits take effect and drop modules that nothing calls."""
+    gm.graph.lint()
+    gm.delete_all_unused_submodules()
+    gm.recompile()

@@ -1,0 +1,97 @@
+"""Running a graph node by node, over several batches at once, keeping only what is still needed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lowbit.graph.trace import Inputs
+
+__all__ = ["bind_inputs", "evaluate", "peak_bytes", "walk"]
+
+# visit(node, one value for each batch) -> the values to go on with, or None to leave them
+Visit = Callable[[fx.Node, list[Any]], "list[Any] | None"]
+
+
+def walk(gm: fx.GraphModule, data: Sequence[Inputs], visit: Visit) -> list[Any]:
+    """Run every batch through one node before any goes on to the next.
+
+    Returns:
+        The output for each batch.
+    """
+    values: dict[fx.Node, list[Any]] = {}
+    last_use = _last_uses(gm)
+    starts = [bind_inputs(gm, inputs) for inputs in data]
+    with torch.no_grad():
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                result = [start[node.name] for start in starts]
+            else:
+                picked = [
+                    fx.node.map_arg((node.args, node.kwargs), lambda n, i=i: values[n][i]) for i in range(len(data))
+                ]
+                result = [evaluate(gm, node, args, kwargs) for args, kwargs in picked]
+            if node.op == "output":
+                return result
+            replaced = visit(node, result)
+            values[node] = result if replaced is None else replaced
+            for dead in last_use.get(node, ()):
+                del values[dead]
+    return []
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The value of one node, given those of its arguments."""
+    if node.op == "call_module":
+        return gm.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(gm)
+    return args[0]
+
+
+def bind_inputs(gm: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
+    """Values of the placeholders, by node name."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    bound = {n.name: value for n, value in zip(placeholders, inputs.args, strict=False)}
+    for node in placeholders:
+        if str(node.target) in inputs.kwargs:
+            bound[node.name] = inputs.kwargs[str(node.target)]
+        elif node.name not in bound and node.args:
+            bound[node.name] = node.args[0]
+    return bound
+
+
+def _last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    found: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        for source in dict.fromkeys(node.all_input_nodes):
+            if source not in seen:
+                seen.add(source)
+                found.setdefault(node, []).append(source)
+        if not node.users and node.op != "output":
+            found.setdefault(node, []).append(node)
+    return found
+
+
+def peak_bytes(gm: fx.GraphModule) -> int:
+    """Bytes that `walk` holds at most for one sample."""
+    last_use, live, peak = _last_uses(gm), 0, 0
+    for node in gm.graph.nodes:
+        live += _sample_bytes(node)
+        peak = max(peak, live)
+        live -= sum(_sample_bytes(dead) for dead in last_use.get(node, ()))
+    return peak
+
+
+def _sample_bytes(node: fx.Node) -> int:
+    value = node.meta.get("value")
+    return value.numel() * value.element_size() // max(1, value.shape[0]) if isinstance(value, Tensor) and value.ndim else 0

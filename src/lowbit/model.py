@@ -1,0 +1,68 @@
+"""What `prepare` and `quantize` return: a graph with quantizers, and the record of how it came to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from lowbit.cost import Cost, cost_of
+from lowbit.coverage import Coverage, coverage_of
+from lowbit.graph.trace import Inputs, Note
+from lowbit.nn.layers import QLayer
+from lowbit.recipe import Recipe
+
+__all__ = ["QuantizedModel", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the flow: what it changed, and whether it was kept."""
+
+    name: str
+    text: str
+    # SQNR of the output on calibration data, in dB, before and after; None where it was not measured
+    before_db: float | None = None
+    after_db: float | None = None
+    kept: bool = True
+
+    def __str__(self) -> str:
+        gain = "" if self.after_db is None else f" [{self.before_db:.2f} -> {self.after_db:.2f} dB]"
+        return f"{self.name}: {self.text}{gain}{'' if self.kept else '; reverted, it made the output worse'}"
+
+
+class QuantizedModel(nn.Module):
+    """A network with quantizers. Call it like the model it was made from.
+
+    Attributes:
+        graph: the fx.GraphModule that runs.
+        recipe: what was done, resolved: replaying it on the float model gives the same graph.
+        example: one call of the model, on zeros, with the shapes and dtypes that tracing saw.
+        steps: what each step of the flow changed.
+    """
+
+    def __init__(self, graph: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.recipe = recipe
+        self.example = example
+        self.notes = notes
+        self.steps: list[Step] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graph(*args, **kwargs)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only codes are left of the quantized weights."""
+        layers = [m for m in self.graph.modules() if isinstance(m, QLayer)]
+        return all(layer.frozen_spec is not None for layer in layers)
+
+    def coverage(self) -> Coverage:
+        """What is quantized, what stays in float, why, and how to change that."""
+        return coverage_of(self.graph, self.recipe, self.notes)
+
+    def cost(self) -> Cost:
+        """Bits, bytes, multiply-accumulates and bit operations of each layer."""
+        return cost_of(self.graph)

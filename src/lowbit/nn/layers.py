@@ -1,0 +1,150 @@
+"""Float layers that carry a quantizer for their weight, and no other change.
+
+Before `freeze` the latent weight is the very Parameter of the float layer, under the same name. After it only codes,
+scale and zero point remain.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit.core.qtensor import QTensor
+from lowbit.core.spec import QuantSpec
+from lowbit.nn.quantizer import Quantizer
+from lowbit.registry import Registry
+
+__all__ = ["BoundLayer", "QConv1d", "QConv2d", "QConvTranspose2d", "QEmbedding", "QLayer", "QLinear", "layers", "quantized_layer"]
+
+layers: Registry[type[QLayer]] = Registry("layer")
+
+
+class QLayer(nn.Module):
+    """Mixin of every quantized layer: the weight as the forward pass must see it."""
+
+    # axis of the weight that runs over output channels
+    channel_axis: ClassVar[int] = 0
+    # constructor arguments that are attributes of the float layer too
+    arguments: ClassVar[tuple[str, ...]] = ()
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: Quantizer
+    frozen_spec: QuantSpec | None = None
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, spec: QuantSpec) -> QLayer:
+        """The same layer, sharing its Parameters, with a quantizer of that spec for the weight."""
+        kwargs: dict[str, Any] = {name: getattr(layer, name) for name in cls.arguments}
+        if hasattr(layer, "bias"):
+            kwargs["bias"] = layer.bias is not None
+        q = cls(**kwargs, device="meta")
+        q.weight = layer.weight  # type: ignore[assignment]
+        if kwargs.get("bias"):
+            q.bias = layer.bias  # type: ignore[assignment]
+        q.weight_quantizer = Quantizer(spec)
+        return q.train(layer.training)
+
+    def effective_weight(self) -> Tensor:
+        """float32 weight: latent, rounded or decoded, as the state of the layer has it."""
+        if self.frozen_spec is not None:
+            return self.qweight().dequantize()
+        return self.weight_quantizer(self.weight)
+
+    def qweight(self) -> QTensor:
+        """The codes: those kept by `freeze`, or those the latent weight has now."""
+        if self.frozen_spec is None:
+            return self.weight_quantizer.quantize(self.weight.detach())
+        parts = self.get_buffer("weight_codes"), self.weight_quantizer.scale, self.weight_quantizer.zero_point
+        if self.frozen_spec.kind == "float":
+            return QTensor(parts[0], torch.ones([1] * parts[0].ndim), None, self.frozen_spec)
+        return QTensor(*parts, self.frozen_spec)
+
+    def freeze(self, codes: Tensor | None = None) -> None:
+        """Keep the codes (by default those of the latent weight) and let the latent weight go."""
+        spec = self.weight_quantizer.spec
+        codes = self.qweight().codes if codes is None else codes
+        del self.weight
+        self.register_buffer("weight_codes", codes)
+        self.frozen_spec = spec
+
+
+@layers.register("Linear")
+class QLinear(QLayer, nn.Linear):
+    """y = x W^T + b with W [out, in] quantized."""
+
+    arguments = ("in_features", "out_features")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.effective_weight(), self.bias)
+
+
+_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+@layers.register("Conv1d")
+class QConv1d(QLayer, nn.Conv1d):
+    """1-d cross-correlation with the weight [out, in / groups, k] quantized."""
+
+    arguments = _CONV
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.effective_weight(), self.bias)
+
+
+@layers.register("Conv2d")
+class QConv2d(QLayer, nn.Conv2d):
+    """2-d cross-correlation with the weight [out, in / groups, kh, kw] quantized."""
+
+    arguments = _CONV
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.effective_weight(), self.bias)
+
+
+@layers.register("ConvTranspose2d")
+class QConvTranspose2d(QLayer, nn.ConvTranspose2d):
+    """Transposed convolution with the weight [in, out / groups, kh, kw] quantized; its channels are axis 1."""
+
+    channel_axis = 1
+    arguments = (*_CONV, "output_padding")
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # type: ignore[arg-type]
+        return F.conv_transpose2d(
+            input, self.effective_weight(), self.bias, self.stride, self.padding, padding, self.groups, self.dilation  # type: ignore[arg-type]
+        )
+
+
+@layers.register("Embedding")
+class QEmbedding(QLayer, nn.Embedding):
+    """Rows of a table [entries, width], quantized; only the rows looked up are decoded once frozen."""
+
+    arguments = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, self.effective_weight(), self.padding_idx)
+
+
+def quantized_layer(kind: type[nn.Module]) -> type[QLayer] | None:
+    """The quantized counterpart of a float layer's exact class, or None."""
+    return layers.get(kind.__name__) if kind.__name__ in layers.names() and kind.__module__.startswith("torch.nn") else None
+
+
+class BoundLayer(nn.Module):
+    """A layer with the quantizers of its input and output, for places that no graph reaches."""
+
+    def __init__(self, layer: nn.Module, input_quantizer: Quantizer | None, output_quantizer: Quantizer | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_quantizer = input_quantizer
+        self.output_quantizer = output_quantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        output = self.layer(input)
+        return output if self.output_quantizer is None else self.output_quantizer(output)

@@ -1,0 +1,1 @@
+"""Floor 2: each pass is a function on a graph. None knows another."""

@@ -1,0 +1,86 @@
+"""From data to scales: run the float model, let every quantizer watch, then let them quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.core.affine import group_amin_amax
+from lowbit.core.ranges import least_error_range_of
+from lowbit.errors import LowbitError
+from lowbit.graph.trace import Inputs
+from lowbit.nn.layers import QLayer
+from lowbit.nn.quantizer import Quantizer
+from lowbit.progress import track
+
+__all__ = ["batches", "calibrate_activations", "calibrate_weights"]
+
+
+def batches(data: Any, num_batches: int | None = None) -> Iterator[Inputs]:
+    """Model inputs from a DataLoader, a list, or any iterable of tensors, tuples or dicts; one tensor is one batch.
+
+    Raises:
+        LowbitError: the data is no iterable, or a batch is of an unknown kind.
+    """
+    if isinstance(data, (torch.Tensor, dict)):
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise LowbitError(f"calibration data is a {type(data).__name__}; pass a DataLoader, a list or any iterable of batches")
+    if num_batches is not None and num_batches < 1:
+        raise LowbitError(f"num_batches={num_batches} leaves no data; use at least 1")
+    for i, batch in enumerate(data):
+        if i == num_batches:
+            return
+        yield Inputs.of(batch)
+
+
+def calibrate_weights(model: nn.Module, observers: dict[str, str]) -> None:
+    """Choose the range of every latent weight: of least squared error, or from smallest to largest.
+
+    Args:
+        observers: "mse" or "minmax" for each layer path; "mse" where it is missing.
+    """
+    for path, layer in model.named_modules():
+        if not isinstance(layer, QLayer) or layer.frozen_spec is not None:
+            continue
+        quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+        if quantizer.spec.kind == "int":
+            if not torch.isfinite(weight).all():
+                raise LowbitError(f"the weight of '{path}' holds NaN or infinity; train or load it again")
+            choose = group_amin_amax if observers.get(path) == "minmax" else least_error_range_of
+            quantizer.set_range(*choose(weight, quantizer.spec))
+        quantizer.observer = None
+        quantizer.mode = "quantize"
+
+
+def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None = None) -> list[str]:
+    """Stream the data once through the float model and set every activation quantizer from what it saw.
+
+    Returns:
+        Paths of the quantizers that no data reached; they stay off.
+
+    Raises:
+        LowbitError: there is no data, or it holds NaN or infinity.
+    """
+    activations = {n: m for n, m in model.named_modules() if isinstance(m, Quantizer) and not n.endswith("weight_quantizer")}
+    if not activations:
+        return []
+    weights = [m for n, m in model.named_modules() if isinstance(m, Quantizer) and n.endswith("weight_quantizer")]
+    modes = [(m, m.mode) for m in weights]
+    for quantizer in weights:
+        quantizer.mode = "off"
+    for quantizer in activations.values():
+        quantizer.mode = "observe"
+    count = 0
+    with torch.inference_mode():
+        for inputs in track(batches(data, num_batches), "calibrating"):
+            inputs.call(model)
+            count += 1
+    if not count:
+        raise LowbitError("the calibration data holds no batch; pass at least one (100 samples or more are wise)")
+    for quantizer, mode in modes:
+        quantizer.mode = mode
+    return [name for name, quantizer in activations.items() if not quantizer.finish_observing()]

@@ -1,0 +1,160 @@
+"""Where quantizers go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from lowbit.core.spec import PerChannel, QuantSpec
+from lowbit.errors import LowbitError
+from lowbit.graph.match import Operation, operations, rule_name, source_of, tail_of, tensor_inputs
+from lowbit.graph.ops import INTEGER, kind_of, module_of
+from lowbit.graph.rewrite import finish, insert_after, swap
+from lowbit.nn.layers import BoundLayer, QLayer, quantized_layer
+from lowbit.nn.quantizer import Quantizer
+from lowbit.recipe import Recipe, Rule
+
+__all__ = ["Decision", "place", "resolve"]
+
+QUANTIZERS = "activation_quantizers"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the recipe says of one operation."""
+
+    name: str
+    op: str
+    rule: Rule | None
+
+    @property
+    def weight(self) -> QuantSpec | None:
+        return self.rule.weight if self.rule else None
+
+    @property
+    def activation(self) -> QuantSpec | None:
+        return self.rule.activation if self.rule else None
+
+    @property
+    def why(self) -> str:
+        if self.rule is None:
+            return "no rule matches"
+        return self.rule.reason or f"rule '{self.rule.match}'"
+
+
+def resolve(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
+    """The decision for each operation that could be quantized, in order of execution; nothing is changed.
+
+    Raises:
+        LowbitError: a rule that matches nothing.
+    """
+    targets = [*operations(gm), *_hidden(gm)]
+    rules = recipe.resolve(targets)
+    return [Decision(t.name, t.op, rules[t.name]) for t in targets]
+
+
+def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
+    """Put a quantizer on every weight and on every tensor that an integer kernel reads or writes, in place.
+
+    A tensor is quantized once, where it is produced: behind the clamp of the layer or addition that made it, and not
+    between the two; operations that only move values share the quantizer of their input. Its spec is the widest that its
+    readers ask for. A model input or the result of a floating point operation is quantized when an integer kernel
+    reads it.
+
+    Raises:
+        LowbitError: a rule that matches nothing, a group size that does not divide.
+    """
+    decisions = resolve(gm, recipe)
+    rules = {d.name: d.rule for d in decisions}
+    wanted: dict[fx.Node, Rule] = {}
+    for node, rule in _integer_nodes(gm, rules):
+        for operand in tensor_inputs(node)[: 1 if kind_of(node) == "layer" else None]:
+            source = source_of(operand)
+            wanted[source] = max(wanted.get(source, rule), rule, key=_bits)
+    for node, rule in _integer_nodes(gm, rules):
+        if not isinstance(module_of(node) if node.op == "call_module" else None, nn.Embedding):
+            wanted.setdefault(tail_of(node), rule)
+    for path, layer in _layers(gm):
+        rule = rules[path_name(gm, path)]
+        kind = quantized_layer(type(layer))
+        if rule is not None and rule.weight is not None and kind is not None:
+            swap(gm, path, kind.from_float(layer, _spec_of(layer, kind, rule.weight, path)))
+    for node, rule in wanted.items():
+        assert rule.activation is not None
+        insert_after(gm, node, f"{QUANTIZERS}.{node.name}", Quantizer(rule.activation, rule.observer))
+    for leaf, path, layer in list(_hidden_layers(gm)):
+        _bind(gm, f"{leaf}.{path}", layer, rules[path_name(gm, f"{leaf}.{path}")])
+    finish(gm)
+    return decisions
+
+
+def path_name(gm: fx.GraphModule, path: str) -> str:
+    """The name that rules see for a module path; a model held whole shows the names its author gave."""
+    return path.removeprefix("model.") if set(gm.meta["leaves"]) == {"model"} else path
+
+
+def _bits(rule: Rule) -> int:
+    return rule.activation.bits if rule.activation else 0
+
+
+def _integer_nodes(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> Iterator[tuple[fx.Node, Rule]]:
+    """Calls that run on an integer kernel under these rules."""
+    for node in gm.graph.nodes:
+        rule = rules.get(rule_name(node)) if kind_of(node) in INTEGER else None
+        if rule is not None and rule.activation is not None:
+            yield node, rule
+
+
+def _layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
+    """Each layer module that the graph calls, once."""
+    seen = set()
+    for node in list(gm.graph.nodes):
+        if kind_of(node) == "layer" and node.target not in seen:
+            seen.add(node.target)
+            yield str(node.target), module_of(node)
+
+
+def _spec_of(layer: nn.Module, kind: type[QLayer], spec: QuantSpec, path: str) -> QuantSpec:
+    """The spec with its channels on the axis where this layer has them, checked against the weight."""
+    if isinstance(spec.granularity, PerChannel) and spec.granularity.axis == 0:
+        spec = replace(spec, granularity=PerChannel(kind.channel_axis))
+    try:
+        spec.scale_shape(layer.weight.shape)
+    except LowbitError as error:
+        raise LowbitError(f"'{path}': {error}") from None
+    return spec
+
+
+def _hidden_layers(gm: fx.GraphModule) -> Iterator[tuple[str, str, nn.Module]]:
+    """(leaf, path inside it, layer) of every layer inside a submodule that could not be traced."""
+    for leaf in gm.meta["leaves"]:
+        yield from ((leaf, path, layer) for path, layer in _descend(gm.get_submodule(leaf), ""))
+
+
+def _descend(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if quantized_layer(type(child)):
+            yield prefix + name, child
+        elif not type(child).__module__.startswith("torch.nn") or isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            yield from _descend(child, f"{prefix}{name}.")
+
+
+def _hidden(gm: fx.GraphModule) -> list[Operation]:
+    node = next(iter(gm.graph.nodes))
+    return [
+        Operation(path_name(gm, f"{leaf}.{path}"), type(layer).__name__, frozenset(), node)
+        for leaf, path, layer in _hidden_layers(gm)
+    ]
+
+
+def _bind(gm: fx.GraphModule, path: str, layer: nn.Module, rule: Rule | None) -> None:
+    """Inside an untraceable submodule a layer carries the quantizers of its input and output along."""
+    kind = quantized_layer(type(layer))
+    if rule is None or kind is None or (rule.weight is None and rule.activation is None):
+        return
+    inner = kind.from_float(layer, _spec_of(layer, kind, rule.weight, path)) if rule.weight else layer
+    activation = None if isinstance(layer, nn.Embedding) else rule.activation
+    quantizers = [Quantizer(activation, rule.observer) if activation else None for _ in range(2)]
+    swap(gm, path, BoundLayer(inner, *quantizers))

@@ -1,0 +1,263 @@
+"""Post-training quantization: from a float model to codes, each step measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowbit.core.qtensor import sqnr_db
+from lowbit.errors import LowbitError
+from lowbit.graph.ops import module_of
+from lowbit.graph.rewrite import clone
+from lowbit.graph.run import peak_bytes
+from lowbit.graph.trace import Inputs, Note, describe, trace
+from lowbit.model import QuantizedModel, Step
+from lowbit.nn.layers import QLayer
+from lowbit.nn.quantizer import Quantizer
+from lowbit.passes.bias_correct import correct_bias, correct_bias_analytically
+from lowbit.passes.calibrate import batches, calibrate_activations, calibrate_weights
+from lowbit.passes.equalize import equalize
+from lowbit.passes.fold_bn import fold_bn
+from lowbit.passes.place import place
+from lowbit.recipe import Recipe
+
+__all__ = ["calibrate", "float_graph", "freeze", "prepare", "quantize"]
+
+# Corrections hold the activations of their samples in memory; this bounds them.
+SAMPLE_BYTES = 1 << 30
+MAX_SAMPLES = 512
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Recipe = "w8a8",
+    calibration: Any = None,
+    *,
+    num_batches: int | None = None,
+    example_inputs: Any = None,
+) -> QuantizedModel:
+    """Post-training quantization in one call. The model is left as it was.
+
+    Trace, fold BatchNorm, equalize, place quantizers, calibrate, correct biases, freeze. Equalization and corrections are
+    kept only when they raise the SQNR of the output on the calibration data; `result.steps` says what each did.
+
+    Args:
+        model: any nn.Module; it is evaluated, never trained.
+        recipe: a preset ("w8a8", "w8", "w4a8", "w4", "fp16"), a Recipe, or the path of a YAML file.
+        calibration: a DataLoader, a list, or any iterable of tensors, tuples (the first element is the input) or dicts
+            (keyword arguments). Labels are never needed. Without it only weights can be quantized.
+        num_batches: how many batches of it to use; all by default.
+        example_inputs: one batch, for tracing, when there is no calibration data.
+
+    Raises:
+        LowbitError: activations are to be quantized without data, a rule matches nothing, the model does not run.
+    """
+    recipe = Recipe.get(recipe)
+    if calibration is None and recipe.quantizes_activations:
+        raise LowbitError("the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use 'w8'")
+    if calibration is None:
+        if example_inputs is None:
+            raise LowbitError("tracing needs one batch to see shapes; pass calibration=... or example_inputs=...")
+        return _quantize_without_data(model, recipe, Inputs.of(example_inputs))
+    if isinstance(calibration, Iterator):
+        calibration = list(batches(calibration, num_batches))
+    example = next(batches(calibration, num_batches), None)
+    if example is None:
+        raise LowbitError("the calibration data holds no batch; pass at least one (100 samples or more are wise)")
+
+    base, notes = float_graph(model, replace(recipe, equalize=False), example)
+    data = _sample(calibration, num_batches, base)
+    q, reference = _calibrated(base, recipe, example, notes, calibration, num_batches), base
+    quality = _output_sqnr(reference, q.graph, data)
+    if recipe.equalize:
+        other, reference = _equalized(base, recipe, example, notes, calibration, num_batches)
+        after = _output_sqnr(base, other.graph, data)
+        kept = after >= quality
+        step = replace(other.steps.pop(), before_db=quality, after_db=after, kept=kept)
+        q, reference, quality = (other, reference, after) if kept else (q, base, quality)
+        q.recipe = replace(recipe, equalize=kept)
+        q.steps.insert(0, step)
+    for name in recipe.refine:
+        q, quality = _REFINEMENTS[name](q, reference, data, quality)
+    return freeze(q)
+
+
+def prepare(model: nn.Module, recipe: str | Recipe, example_inputs: Any) -> QuantizedModel:
+    """Trace, fold, equalize and place quantizers; ready for `calibrate`, or for training.
+
+    Args:
+        example_inputs: one batch, as calibration data has them.
+    """
+    recipe, example = Recipe.get(recipe), Inputs.of(example_inputs)
+    gm, notes = float_graph(model, recipe, example)
+    return _place(gm, recipe, example, notes)
+
+
+def calibrate(q: QuantizedModel, calibration: Any, *, num_batches: int | None = None) -> QuantizedModel:
+    """Choose every scale: of the weights from themselves, of the activations from the data, streamed once.
+
+    Args:
+        calibration: as for `quantize`.
+    """
+    observers = {d.name: d.rule.weight_observer for d in q.graph.meta["decisions"] if d.rule}
+    calibrate_weights(q.graph, observers)
+    unreached = calibrate_activations(q.graph, calibration, num_batches)
+    q.notes += [Note(name, "no calibration data reached it; it stays in float") for name in unreached]
+    return q
+
+
+def freeze(q: QuantizedModel) -> QuantizedModel:
+    """Keep only codes, scales and zero points of the quantized weights; the latent floats go.
+
+    Raises:
+        LowbitError: a scale is not known yet.
+    """
+    _fit_biases(q.graph)
+    for path, layer in q.graph.named_modules():
+        if isinstance(layer, QLayer) and layer.frozen_spec is None:
+            if not layer.weight_quantizer.ready:
+                raise LowbitError(f"'{path}' has no scale yet; call lowbit.calibrate(q, data) before freeze")
+            layer.freeze()
+    return q.eval()
+
+
+def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.GraphModule, list[Note]]:
+    """The float model as the recipe prepares it: traced, folded, equalized; node for node the quantized one's twin."""
+    gm, notes = trace(model, example)
+    if recipe.fold_bn:
+        notes += [Note(name, f"BatchNorm stays, {why}") for name, why in fold_bn(gm)]
+    if recipe.equalize:
+        equalize(gm)
+    return gm, notes
+
+
+def _place(gm: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note]) -> QuantizedModel:
+    gm.meta["decisions"] = place(gm, recipe)
+    return QuantizedModel(gm, recipe, _zeros(example), list(notes))
+
+
+def _calibrated(
+    base: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note], data: Any, num_batches: int | None
+) -> QuantizedModel:
+    return calibrate(_place(clone(base), recipe, example, notes), data, num_batches=num_batches)
+
+
+def _equalized(
+    base: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note], data: Any, num_batches: int | None
+) -> tuple[QuantizedModel, fx.GraphModule]:
+    """The same with equalized weights; also the equalized float graph. What was done is the last step."""
+    scaled = clone(base)
+    done = equalize(scaled)
+    q = _calibrated(scaled, recipe, example, notes, data, num_batches)
+    text = (
+        f"{done.regions} regions over {done.layers} layers; "
+        f"largest over smallest channel range {done.spread_before:.1f} -> {done.spread_after:.1f}"
+    )
+    q.steps.append(Step("equalize", text))
+    return q, scaled
+
+
+def _correct_bias(
+    q: QuantizedModel, reference: fx.GraphModule, data: list[Inputs], quality: float
+) -> tuple[QuantizedModel, float]:
+    """Correct the biases of a copy; keep it when the output gets better."""
+    corrected = clone(q.graph)
+    names = correct_bias(corrected, reference, data)
+    after = _output_sqnr(reference, corrected, data)
+    kept = after >= quality
+    samples = sum(_count(inputs) for inputs in data)
+    q.steps.append(Step("bias_correct", f"{len(names)} layers over {samples} samples", quality, after, kept))
+    if kept:
+        q.graph = corrected
+    return q, max(quality, after)
+
+
+_REFINEMENTS = {"bias_correct": _correct_bias}
+
+
+def _quantize_without_data(model: nn.Module, recipe: Recipe, example: Inputs) -> QuantizedModel:
+    q = prepare(model, recipe, example)
+    calibrate(q, [])
+    if "bias_correct" in recipe.refine:
+        names = correct_bias_analytically(q.graph)
+        q.steps.append(Step("bias_correct", f"{len(names)} layers, from BatchNorm statistics, for there is no data"))
+    return freeze(q)
+
+
+def _fit_biases(gm: fx.GraphModule) -> None:
+    """Raise the scale of channels so small that their bias would not fit 32 bits at the scale of the accumulator."""
+    for node in gm.graph.nodes:
+        layer = module_of(node) if node.op == "call_module" else None
+        if not isinstance(layer, QLayer) or layer.frozen_spec is not None or getattr(layer, "bias", None) is None:
+            continue
+        spec, source = layer.weight_quantizer.spec, input_quantizer(node)
+        if source is None or spec.kind != "int":
+            continue
+        scale = layer.weight_quantizer.scale
+        if spec.scale_shape(layer.weight.shape)[layer.channel_axis] != layer.bias.numel():
+            need = layer.bias.detach().abs().max() / (source.scale.max() * 2.0**30)
+        else:
+            need = (layer.bias.detach().abs() / (source.scale.max() * 2.0**30)).reshape(
+                [-1 if d == layer.channel_axis else 1 for d in range(scale.ndim)]
+            )
+        layer.weight_quantizer.scale = torch.maximum(scale, need)
+
+
+def input_quantizer(node: fx.Node) -> Quantizer | None:
+    """The quantizer whose codes a layer call reads, through operations that only move values."""
+    from lowbit.graph.match import source_of
+
+    source = source_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    module = module_of(source) if source is not None and source.op == "call_module" else None
+    return module if isinstance(module, Quantizer) and module.mode == "quantize" else None
+
+
+def _sample(data: Any, num_batches: int | None, gm: fx.GraphModule) -> list[Inputs]:
+    """As many batches as corrections can hold in memory, at most MAX_SAMPLES samples, at least one batch."""
+    room = min(MAX_SAMPLES, SAMPLE_BYTES // max(1, peak_bytes(gm)))
+    taken: list[Inputs] = []
+    for inputs in batches(data, num_batches):
+        if taken and room < _count(inputs):
+            break
+        taken.append(inputs)
+        room -= _count(inputs)
+    return taken
+
+
+def _count(inputs: Inputs) -> int:
+    tensors = [v for v in (*inputs.args, *inputs.kwargs.values()) if isinstance(v, Tensor) and v.ndim]
+    return tensors[0].shape[0] if tensors else 1
+
+
+def _output_sqnr(reference: nn.Module, q: nn.Module, data: list[Inputs]) -> float:
+    """SQNR in dB of everything the model returns, over the data."""
+    signal = noise = 0.0
+    with torch.inference_mode():
+        for inputs in data:
+            for f, o in zip(flat_tensors(inputs.call(reference)), flat_tensors(inputs.call(q)), strict=True):
+                signal += f.double().square().sum().item()
+                noise += (f.double() - o.double()).square().sum().item()
+    return sqnr_db(signal, noise)
+
+
+def flat_tensors(output: Any) -> list[Tensor]:
+    """Floating point tensors of an output, whatever holds them."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [t for part in output for t in flat_tensors(part)] if isinstance(output, (tuple, list)) else []
+
+
+def _zeros(example: Inputs) -> Inputs:
+    """The shapes and dtypes of a call, without its data."""
+
+    def blank(value: Any) -> Any:
+        return torch.zeros(value[:2].shape if value.ndim else (), dtype=value.dtype) if isinstance(value, Tensor) else value
+
+    assert describe
+    return Inputs(args=tuple(blank(a) for a in example.args), kwargs={k: blank(v) for k, v in example.kwargs.items()})
