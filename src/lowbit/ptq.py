@@ -18,14 +18,14 @@ from lowbit.graph.trace import Inputs, Note, describe, trace
 from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
-from lowbit.passes.bias_correct import correct_bias, correct_bias_analytically
+from lowbit.passes.bias_correct import correct_bias_analytically, correct_outputs
 from lowbit.passes.calibrate import batches, calibrate_activations, calibrate_weights
 from lowbit.passes.equalize import equalize
 from lowbit.passes.fold_bn import fold_bn
 from lowbit.passes.place import place
 from lowbit.recipe import Recipe
 
-__all__ = ["calibrate", "float_graph", "freeze", "prepare", "quantize"]
+__all__ = ["assemble", "calibrate", "float_graph", "freeze", "prepare", "quantize"]
 
 # Corrections hold the activations of their samples in memory; this bounds them.
 SAMPLE_BYTES = 1 << 30
@@ -82,7 +82,7 @@ def quantize(
         q.recipe = replace(recipe, equalize=kept)
         q.steps.insert(0, step)
     for name in recipe.refine:
-        q, quality = _REFINEMENTS[name](q, reference, data, quality)
+        q, quality = _refine(name, q, reference, data, quality)
     return freeze(q)
 
 
@@ -94,7 +94,7 @@ def prepare(model: nn.Module, recipe: str | Recipe, example_inputs: Any) -> Quan
     """
     recipe, example = Recipe.get(recipe), Inputs.of(example_inputs)
     gm, notes = float_graph(model, recipe, example)
-    return _place(gm, recipe, example, notes)
+    return assemble(gm, recipe, example, notes)
 
 
 def calibrate(q: QuantizedModel, calibration: Any, *, num_batches: int | None = None) -> QuantizedModel:
@@ -135,7 +135,8 @@ def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.G
     return gm, notes
 
 
-def _place(gm: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note]) -> QuantizedModel:
+def assemble(gm: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note]) -> QuantizedModel:
+    """Quantizers placed on what `float_graph` returned; nothing is calibrated."""
     gm.meta["decisions"] = place(gm, recipe)
     return QuantizedModel(gm, recipe, _zeros(example), list(notes))
 
@@ -143,7 +144,7 @@ def _place(gm: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note
 def _calibrated(
     base: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note], data: Any, num_batches: int | None
 ) -> QuantizedModel:
-    return calibrate(_place(clone(base), recipe, example, notes), data, num_batches=num_batches)
+    return calibrate(assemble(clone(base), recipe, example, notes), data, num_batches=num_batches)
 
 
 def _equalized(
@@ -161,28 +162,25 @@ def _equalized(
     return q, scaled
 
 
-def _correct_bias(
-    q: QuantizedModel, reference: fx.GraphModule, data: list[Inputs], quality: float
+def _refine(
+    step: str, q: QuantizedModel, reference: fx.GraphModule, data: list[Inputs], quality: float
 ) -> tuple[QuantizedModel, float]:
-    """Correct the biases of a copy; keep it when the output gets better."""
+    """Apply one correction to a copy; keep it when the output gets better."""
     corrected = clone(q.graph)
-    names = correct_bias(corrected, reference, data)
+    names = correct_outputs(corrected, reference, data, scale=step == "affine_correct")
     after = _output_sqnr(reference, corrected, data)
     kept = after >= quality
     samples = sum(_count(inputs) for inputs in data)
-    q.steps.append(Step("bias_correct", f"{len(names)} layers over {samples} samples", quality, after, kept))
+    q.steps.append(Step(step, f"{len(names)} layers over {samples} samples", quality, after, kept))
     if kept:
         q.graph = corrected
     return q, max(quality, after)
 
 
-_REFINEMENTS = {"bias_correct": _correct_bias}
-
-
 def _quantize_without_data(model: nn.Module, recipe: Recipe, example: Inputs) -> QuantizedModel:
     q = prepare(model, recipe, example)
     calibrate(q, [])
-    if "bias_correct" in recipe.refine:
+    if recipe.refine:
         names = correct_bias_analytically(q.graph)
         q.steps.append(Step("bias_correct", f"{len(names)} layers, from BatchNorm statistics, for there is no data"))
     return freeze(q)
@@ -218,7 +216,7 @@ def input_quantizer(node: fx.Node) -> Quantizer | None:
 
 def _sample(data: Any, num_batches: int | None, gm: fx.GraphModule) -> list[Inputs]:
     """As many batches as corrections can hold in memory, at most MAX_SAMPLES samples, at least one batch."""
-    room = min(MAX_SAMPLES, SAMPLE_BYTES // max(1, peak_bytes(gm)))
+    room = min(MAX_SAMPLES, SAMPLE_BYTES // max(1, 2 * peak_bytes(gm)))
     taken: list[Inputs] = []
     for inputs in batches(data, num_batches):
         if taken and room < _count(inputs):

@@ -15,7 +15,7 @@ from lowbit.errors import LowbitError, near_miss
 
 __all__ = ["Recipe", "Rule", "Target", "preset", "presets"]
 
-REFINEMENTS = ("bias_correct",)
+REFINEMENTS = ("bias_correct", "affine_correct")
 
 
 class Target(Protocol):
@@ -43,7 +43,7 @@ class Rule:
     # how the range of activations is chosen
     observer: str = "mse"
     # how the range of the weight is chosen: "mse", or "minmax"
-    weight_observer: str = "minmax"
+    weight_observer: str = "mse"
     # shown in the table of what became of each layer
     reason: str = ""
 
@@ -205,9 +205,9 @@ def preset(
     activation = UINT8 if name.endswith("a8") else None
     wide = Rule(weight=replace(INT8, granularity=where), activation=activation, observer=observer)
     if name.startswith("w8"):
-        return Recipe(rules=(wide,), equalize=where == PerTensor(), refine=("bias_correct",))
+        return Recipe(rules=(wide,), equalize=where == PerTensor(), refine=("affine_correct",))
     edge = replace(wide, weight=INT8, reason=_EDGES)
     edges = tuple(replace(edge, match=f"role:{role}") for role in ("first", "last"))
     return Recipe(
-        rules=(*edges, replace(wide, weight=replace(INT4, granularity=where))), equalize=True, refine=("bias_correct",)
+        rules=(*edges, replace(wide, weight=replace(INT4, granularity=where))), equalize=True, refine=("affine_correct",)
     )

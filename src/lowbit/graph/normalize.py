@@ -97,6 +97,16 @@ def _weights_to_modules(gm: fx.GraphModule) -> None:
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "get_attr" and not node.users:
             gm.graph.erase_node(node)
+            _forget(gm, str(node.target))
+
+
+def _forget(gm: fx.GraphModule, path: str) -> None:
+    """Let go of a tensor that no node reads any more; else it would be stored and counted beside its layer."""
+    owner, _, name = path.rpartition(".")
+    called = [str(n.target) for n in gm.graph.nodes if n.op == "call_module"]
+    read = any(n.op == "get_attr" and n.target == path for n in gm.graph.nodes)
+    if not read and not any(path.startswith(module + ".") for module in called):
+        delattr(gm.get_submodule(owner), name)
 
 
 def _bound(node: fx.Node) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -13,21 +13,16 @@ from lowbit.graph.trace import Inputs
 
 __all__ = ["bind_inputs", "evaluate", "peak_bytes", "walk"]
 
-# visit(node, one value for each batch) -> the values to go on with, or None to leave them
-Visit = Callable[[fx.Node, list[Any]], "list[Any] | None"]
-
-
-def walk(gm: fx.GraphModule, data: Sequence[Inputs], visit: Visit) -> list[Any]:
+def walk(gm: fx.GraphModule, data: Sequence[Inputs]) -> Generator[tuple[fx.Node, list[Any]], list[Any] | None, None]:
     """Run every batch through one node before any goes on to the next.
 
-    Returns:
-        The output for each batch.
+    Yields each node with its value for every batch; a list that is sent back takes the place of those values.
     """
     values: dict[fx.Node, list[Any]] = {}
     last_use = _last_uses(gm)
     starts = [bind_inputs(gm, inputs) for inputs in data]
-    with torch.no_grad():
-        for node in gm.graph.nodes:
+    for node in gm.graph.nodes:
+        with torch.no_grad():
             if node.op == "placeholder":
                 result = [start[node.name] for start in starts]
             else:
@@ -35,13 +30,10 @@ def walk(gm: fx.GraphModule, data: Sequence[Inputs], visit: Visit) -> list[Any]:
                     fx.node.map_arg((node.args, node.kwargs), lambda n, i=i: values[n][i]) for i in range(len(data))
                 ]
                 result = [evaluate(gm, node, args, kwargs) for args, kwargs in picked]
-            if node.op == "output":
-                return result
-            replaced = visit(node, result)
-            values[node] = result if replaced is None else replaced
-            for dead in last_use.get(node, ()):
-                del values[dead]
-    return []
+        replaced = yield node, result
+        values[node] = result if replaced is None else replaced
+        for dead in last_use.get(node, ()):
+            del values[dead]
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,8 +1,8 @@
-"""Rounding weights shifts the mean of each output channel; these passes put it back into the bias."""
+"""Quantized weights shift and shrink each output channel; these passes put that back into its bias and scale."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import pi
 
 import torch
@@ -14,13 +14,18 @@ from lowbit.graph.run import walk
 from lowbit.graph.trace import Inputs
 from lowbit.nn.layers import QLayer
 
-__all__ = ["correct_bias", "correct_bias_analytically"]
+__all__ = ["correct_bias_analytically", "correct_outputs"]
 
 
-def correct_bias(gm: fx.GraphModule, float_gm: fx.GraphModule, data: Sequence[Inputs]) -> list[str]:
+def correct_outputs(
+    gm: fx.GraphModule, float_gm: fx.GraphModule, data: Sequence[Inputs], *, scale: bool = False
+) -> list[str]:
     """Empirical and sequential: each layer sees the inputs that the quantized, already corrected layers before it give.
 
-    b += E[y] - E[y_q], the means over the samples and positions of each output channel (Nagel et al. 2019, section 4.2).
+    Bias alone: b += E[y] - E[y_q] over the samples and positions of each output channel (Nagel et al. 2019, section
+    4.2). With `scale`, the least-squares fit y ~ a y_q + c of each channel: clipping and rounding to few levels shrink
+    the output as well as shift it. The factor a goes into the scale of the weight's channel, codes stay as they are;
+    where that scale is shared between channels or a power of two, only the bias is corrected.
 
     Args:
         gm: the quantized graph, changed in place.
@@ -29,28 +34,69 @@ def correct_bias(gm: fx.GraphModule, float_gm: fx.GraphModule, data: Sequence[In
     Returns:
         Names of the corrected layers.
     """
-    means: dict[str, Tensor] = {}
-
-    def remember(node: fx.Node, values: list[Tensor]) -> None:
-        if kind_of(node) == "layer" and not isinstance(module_of(node), nn.Embedding):
-            means[node.name] = _channel_mean(module_of(node), values)
-
-    walk(float_gm, data, remember)
     counts = calls(gm)
+    floats = _layer_outputs(float_gm, data)
+    steps = walk(gm, data)
     corrected = []
-
-    def correct(node: fx.Node, values: list[Tensor]) -> list[Tensor] | None:
-        if node.name not in means or not isinstance(module_of(node), QLayer) or counts[id(module_of(node))] > 1:
-            return None
-        layer = module_of(node)
-        shift = means[node.name] - _channel_mean(layer, values)
-        _add_to_bias(layer, shift)
-        corrected.append(str(node.meta["name"]))
-        shape = [-1 if d == _channel_dim(layer, values[0]) else 1 for d in range(values[0].ndim)]
-        return [v + shift.reshape(shape) for v in values]
-
-    walk(gm, data, correct)
+    item = next(steps, None)
+    while item is not None:
+        node, values = item
+        replaced = None
+        if kind_of(node) == "layer":
+            layer, target = module_of(node), next(floats)
+            if isinstance(layer, QLayer) and not isinstance(layer, nn.Embedding) and counts[id(layer)] == 1:
+                factor, shift = _fit(layer, target, values, scale and _has_own_scales(layer))
+                _absorb(layer, factor, shift)
+                shape = [-1 if d == _channel_dim(layer, values[0]) else 1 for d in range(values[0].ndim)]
+                replaced = [v * factor.reshape(shape) + shift.reshape(shape) for v in values]
+                corrected.append(str(node.meta["name"]))
+        try:
+            item = steps.send(replaced)
+        except StopIteration:
+            item = None
     return corrected
+
+
+def _layer_outputs(gm: fx.GraphModule, data: Sequence[Inputs]) -> Iterator[list[Tensor]]:
+    for node, values in walk(gm, data):
+        if kind_of(node) == "layer":
+            yield values
+
+
+def _has_own_scales(layer: QLayer) -> bool:
+    """Whether each output channel has a scale of its own that may take any value."""
+    spec, axis = layer.weight_quantizer.spec, layer.channel_axis
+    outputs = layer.weight.shape[axis] * (getattr(layer, "groups", 1) if axis == 1 else 1)
+    return spec.kind == "int" and spec.scale == "float" and spec.scale_shape(layer.weight.shape)[axis] == outputs
+
+
+def _fit(layer: nn.Module, target: list[Tensor], values: list[Tensor], scale: bool) -> tuple[Tensor, Tensor]:
+    """Factor and shift of each output channel that take the values closest to the target, float32."""
+    n, sums = 0, torch.zeros(4, 1, dtype=torch.float64)
+    for y, x in zip(target, values, strict=True):
+        dim = _channel_dim(layer, x)
+        y, x = (t.movedim(dim, 0).flatten(1).double() for t in (y, x))
+        sums = sums + torch.stack([y.sum(1), x.sum(1), (y * x).sum(1), (x * x).sum(1)])
+        n += x.shape[1]
+    mean_y, mean_x, mean_yx, mean_xx = sums / max(n, 1)
+    factor = torch.ones_like(mean_y)
+    if scale:
+        variance = mean_xx - mean_x.square()
+        varies = variance > 1e-9 * mean_xx
+        factor = torch.where(varies, (mean_yx - mean_y * mean_x) / variance.where(varies, torch.ones_like(variance)), factor)
+        # a factor far from 1 is a channel that is all noise: leave its scale alone
+        factor = torch.where((factor > 0.5) & (factor < 2.0), factor, 1.0)
+    return factor.float(), (mean_y - factor * mean_x).float()
+
+
+def _absorb(layer: QLayer, factor: Tensor, shift: Tensor) -> None:
+    """y -> factor * y + shift, by the scale of the weight and the bias."""
+    bias = shift if layer.bias is None else layer.bias.detach() * factor + shift
+    layer.bias = nn.Parameter(bias)
+    if bool((factor != 1).any()):
+        rows = factor.reshape([-1 if d == layer.channel_axis else 1 for d in range(layer.weight.ndim)])
+        layer.weight = nn.Parameter(layer.weight.detach() * rows)
+        layer.weight_quantizer.scale = layer.weight_quantizer.scale * rows
 
 
 def correct_bias_analytically(gm: fx.GraphModule) -> list[str]:
@@ -76,7 +122,7 @@ def correct_bias_analytically(gm: fx.GraphModule) -> list[str]:
         groups = getattr(layer, "groups", 1)
         change = change.reshape(groups, change.shape[0] // groups, mean.numel() // groups, -1).sum(-1)
         shift = torch.einsum("goi,gi->go", change, mean.reshape(groups, -1)).reshape(-1)
-        _add_to_bias(layer, -shift)
+        _absorb(layer, torch.ones_like(shift), -shift)
         corrected.append(str(node.meta["name"]))
     return corrected
 
@@ -117,19 +163,3 @@ def clipped_normal_mean(mean: Tensor, std: Tensor, lo: float, hi: float) -> Tens
 
 def _channel_dim(layer: nn.Module, value: Tensor) -> int:
     return value.ndim - 1 if isinstance(layer, nn.Linear) else 1
-
-
-def _channel_mean(layer: nn.Module, values: list[Tensor]) -> Tensor:
-    """Mean over everything but the output channels, float64 inside."""
-    total, count = 0.0, 0
-    for value in values:
-        rows = value.movedim(_channel_dim(layer, value), 0).flatten(1)
-        total = total + rows.sum(dim=1, dtype=torch.float64)
-        count += rows.shape[1]
-    assert isinstance(total, Tensor)
-    return (total / max(count, 1)).float()
-
-
-def _add_to_bias(layer: nn.Module, shift: Tensor) -> None:
-    bias = shift if layer.bias is None else layer.bias.detach() + shift
-    layer.bias = nn.Parameter(bias.to(layer.weight.dtype))

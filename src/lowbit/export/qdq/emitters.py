@@ -1,0 +1,235 @@
+"""Modules that stand in for quantizers and quantized layers during export and write the ONNX operators they mean.
+
+The patterns are those that ONNX Runtime replaces by integer kernels: a QuantizeLinear / DequantizeLinear pair on both
+sides of each operation, also of those that only move values; int32 biases at the scale of the accumulator; fully
+connected layers as Gemm; global pooling as GlobalAveragePool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowbit.core.qtensor import QTensor
+from lowbit.core.spec import PerChannel, PerGroup, QuantSpec, expand_to
+from lowbit.errors import LowbitError
+from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QEmbedding, QLayer, QLinear
+from lowbit.nn.quantizer import Quantizer
+
+__all__ = ["CODES", "Clamped", "EmitGlobalAveragePool", "EmitQuantizer", "NIBBLES", "NIBBLES_CAST", "emit_layer", "integer_bias"]
+
+# metadata key of the QuantizeLinear whose codes `verify` reads, and marks of initializers that become 4-bit tensors:
+# read as they are, or cast to int8 first, which the runtime does once while loading and integer kernels need
+CODES = "lowbit.codes"
+NIBBLES, NIBBLES_CAST = "nibbles", "nibbles_cast"
+
+
+def op(name: str, inputs: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[Any], **attributes: Any) -> Tensor:
+    """Write one ONNX operator."""
+    metadata = attributes.pop("metadata", None)
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, metadata_props=metadata)
+
+
+def storage(spec: QuantSpec) -> torch.dtype:
+    """The ONNX type that holds the codes of activations."""
+    if spec.bits > 8:
+        return torch.int16 if spec.signed else torch.uint16
+    return torch.int8 if spec.signed else torch.uint8
+
+
+class EmitQuantizer(nn.Module):
+    """QuantizeLinear, Clip on the codes where the width is not that of the type, DequantizeLinear."""
+
+    def __init__(self, quantizer: Quantizer, name: str) -> None:
+        super().__init__()
+        spec = quantizer.spec
+        if spec.rounding != "half_even":
+            raise LowbitError(f"'{name}': ONNX rounds half to even; rounding='{spec.rounding}' cannot be exported")
+        self.name, self.spec, self.dtype = name, spec, storage(spec)
+        self.axis = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None
+        if spec.kind == "float":
+            return
+        flat = [-1] if self.axis is not None else []
+        zero = torch.zeros_like(quantizer.scale, dtype=torch.int32) if quantizer.zero_point is None else quantizer.zero_point
+        self.register_buffer("scale", quantizer.scale.reshape(flat).clone())
+        self.register_buffer("zero_point", zero.reshape(flat).to(self.dtype))
+        limits = torch.iinfo(self.dtype)
+        self.clips = (spec.qmin, spec.qmax) != (limits.min, limits.max)
+        if self.clips:
+            self.register_buffer("qmin", torch.tensor(spec.qmin).to(self.dtype))
+            self.register_buffer("qmax", torch.tensor(spec.qmax).to(self.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spec.kind == "float":
+            return x.half().float()
+        axis = {} if self.axis is None else {"axis": self.axis}
+        grid = (self.scale, self.zero_point)
+        codes = op("QuantizeLinear", (x, *grid), self.dtype, x.shape, metadata={CODES: self.name}, **axis)
+        if self.clips:
+            codes = op("Clip", (codes, self.qmin, self.qmax), self.dtype, x.shape)
+        return op("DequantizeLinear", (codes, *grid), torch.float32, x.shape, **axis)
+
+
+class EmitGlobalAveragePool(nn.Module):
+    """Mean over all positions, [N, C, ...] -> [N, C, 1, ...]."""
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        shape = (x.shape[0], x.shape[1], *[1] * (x.ndim - 2))
+        return op("GlobalAveragePool", (x,), torch.float32, shape)
+
+
+class Clamped(nn.Module):
+    """ReLU in place of a clamp whose upper end the quantizer behind it enforces anyway."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return F.relu(x)
+
+
+class _Weight(nn.Module):
+    """DequantizeLinear of constant codes, or Cast of constant half-precision numbers."""
+
+    def __init__(self, q: QTensor, *, integer: bool, transpose: bool = False) -> None:
+        super().__init__()
+        codes, spec = q.codes, q.spec
+        self.attributes: dict[str, int] = {}
+        self.half = spec.kind == "float"
+        self.rows = codes.ndim
+        scale, zero = q.scale, q.zero_point
+        if isinstance(spec.granularity, PerGroup):
+            axis = spec.granularity.axis % codes.ndim
+            self.attributes = {"axis": axis, "block_size": spec.granularity.size}
+            shape = [s if d == axis else n for d, (s, n) in enumerate(zip(scale.shape, codes.shape, strict=True))]
+            scale, zero = expand_to(scale, shape).expand(shape), None if zero is None else expand_to(zero, shape).expand(shape)
+        elif isinstance(spec.granularity, PerChannel):
+            self.attributes = {"axis": spec.granularity.axis % codes.ndim}
+            scale, zero = scale.reshape(-1), None if zero is None else zero.reshape(-1)
+        else:
+            scale, zero = scale.reshape(()), None if zero is None else zero.reshape(())
+        if transpose:
+            codes = codes.t()
+            self.attributes.update({"axis": 1 - self.attributes["axis"]} if self.attributes else {})
+            scale, zero = (None if t is None else t.t() if t.ndim == 2 else t for t in (scale, zero))
+        self.mark = "codes"
+        if not self.half and spec.bits <= 4:
+            self.mark = NIBBLES_CAST if integer else NIBBLES
+        self.register_buffer(self.mark, codes.contiguous())
+        if not self.half:
+            self.register_buffer("scale", scale.contiguous().clone())  # type: ignore[union-attr]
+            self.register_buffer("zero_point", None if zero is None else zero.to(codes.dtype).contiguous())
+
+    def forward(self) -> Tensor:
+        codes = self.get_buffer(self.mark)
+        if self.half:
+            return codes.float()
+        inputs = (codes, self.scale) if self.zero_point is None else (codes, self.scale, self.zero_point)
+        return op("DequantizeLinear", inputs, torch.float32, codes.shape, **self.attributes)
+
+
+class _Bias(nn.Module):
+    """int32 codes at the scale of the accumulator."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes.to(torch.int32))
+        self.register_buffer("scale", scale)
+
+    def forward(self) -> Tensor:
+        axis = {"axis": 0} if self.scale.ndim else {}
+        return op("DequantizeLinear", (self.codes, self.scale), torch.float32, self.codes.shape, **axis)
+
+
+class _EmitLayer(nn.Module):
+    """A layer on emitted weight and bias."""
+
+    def __init__(self, layer: QLayer, source: Quantizer | None, rank: int) -> None:
+        super().__init__()
+        self.gemm = isinstance(layer, QLinear) and rank == 2 and source is not None
+        matmul = isinstance(layer, QLinear) and not self.gemm
+        self.weight = _Weight(layer.qweight(), integer=source is not None, transpose=matmul)
+        self.bias: nn.Module | None = None
+        if layer.bias is not None:
+            self.bias = _FloatBias(layer.bias) if source is None else _Bias(*integer_bias(layer, source))
+        # only its geometry is used; the codes were copied
+        self.geometry = {k: v for k, v in vars(layer).items() if not k.startswith("_")}
+        self.kind = type(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight()
+        bias = None if self.bias is None else self.bias()
+        if self.gemm:
+            inputs = (x, weight) if bias is None else (x, weight, bias)
+            return op("Gemm", inputs, torch.float32, (x.shape[0], weight.shape[0]), transB=1)
+        if self.kind is QLinear:
+            product = torch.matmul(x, weight)
+            return product if bias is None else product + bias
+        g = self.geometry
+        if self.kind is QConvTranspose2d:
+            return F.conv_transpose2d(x, weight, bias, g["stride"], g["padding"], g["output_padding"], g["groups"], g["dilation"])
+        padding = g["padding"]
+        if g["padding_mode"] != "zeros":
+            x, padding = F.pad(x, g["reversed_padding"], mode=g["padding_mode"]), 0
+        convolve = F.conv1d if self.kind is QConv1d else F.conv2d
+        return convolve(x, weight, bias, g["stride"], padding, g["dilation"], g["groups"])
+
+
+class _FloatBias(nn.Module):
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", bias.detach().clone())
+
+    def forward(self) -> Tensor:
+        return self.get_buffer("value")
+
+
+class _EmitEmbedding(nn.Module):
+    """Look up codes, then scale the rows found: the table is never decoded as a whole."""
+
+    def __init__(self, layer: QEmbedding) -> None:
+        super().__init__()
+        q = layer.qweight()
+        self.register_buffer("codes", q.codes)
+        self.register_buffer("scale", q.scale.expand(q.codes.shape[0], *q.scale.shape[1:]).clone())
+        zero = None if q.zero_point is None else q.zero_point.expand(q.codes.shape[0], *q.scale.shape[1:]).clone()
+        self.register_buffer("zero_point", zero)
+
+    def forward(self, index: Tensor) -> Tensor:
+        rows = F.embedding(index, self.codes).float()
+        if self.zero_point is not None:
+            rows = rows - expand_to(F.embedding(index, self.zero_point).float(), rows.shape)
+        return rows * expand_to(F.embedding(index, self.scale), rows.shape)
+
+
+def emit_layer(layer: QLayer, source: Quantizer | None, rank: int) -> nn.Module:
+    """The stand-in of a quantized layer.
+
+    Args:
+        source: quantizer of its input, when integer kernels are meant.
+        rank: number of axes of its input.
+    """
+    if isinstance(layer, QEmbedding):
+        return _EmitEmbedding(layer)
+    if source is not None and source.spec.kind != "int":
+        source = None
+    emitter = _EmitLayer(layer, source, rank)
+    if isinstance(layer, (QConv1d, QConv2d)):
+        emitter.geometry["reversed_padding"] = layer._reversed_padding_repeated_twice
+    return emitter
+
+
+def integer_bias(layer: QLayer, source: Quantizer) -> tuple[Tensor, Tensor]:
+    """Bias codes and their scale f32(input scale * weight scale): rint(f32(bias / scale)), within 32 bits."""
+    scale = source.scale.reshape(()) * (layer.weight_quantizer.scale.reshape(-1) if _per_channel(layer) else _one(layer))
+    limit = 2.0**31 - 1
+    return torch.round(layer.bias.detach() / scale).double().clamp(-limit, limit), scale  # type: ignore[union-attr]
+
+
+def _per_channel(layer: QLayer) -> bool:
+    return isinstance(layer.weight_quantizer.spec.granularity, PerChannel)
+
+
+def _one(layer: QLayer) -> Tensor:
+    return layer.weight_quantizer.scale.reshape(-1)[0]

@@ -1,0 +1,78 @@
+"""The floors of docs/architecture.md: imports go down or stay, never up, and never across between passes or flows."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lowbit
+
+SRC = Path(lowbit.__file__).parent
+# The longest prefix decides. "" is lowbit/__init__.py: the public names, which only the top floor may use.
+FLOORS = {
+    **dict.fromkeys(("core", "decompose", "demo", "errors", "files", "kernels", "progress", "registry"), 0),
+    **dict.fromkeys(("recipe", "nn", "graph"), 1),
+    **dict.fromkeys(("passes", "cost", "coverage", "model"), 2),
+    **dict.fromkeys(("ptq", "qat", "search", "export", "verify", "compare", "advise", "report", "bench"), 3),
+    **dict.fromkeys(("", "cli", "cli_inputs", "cli_output", "demo.run"), 4),
+}
+# Neighbours that must not know each other.
+ALONE = [{"passes.*"}, {"export.*"}, {"ptq", "qat", "search"}]
+MODULES = {
+    ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+    for path in SRC.rglob("*.py")
+}
+
+
+def floor(module: str) -> int:
+    prefixes = [p for p in FLOORS if p and (module == p or module.startswith(p + "."))] if module else [""]
+    assert prefixes, f"'{module}' stands on no floor; add it to FLOORS"
+    return FLOORS[max(prefixes, key=len)]
+
+
+def imports(module: str) -> Iterator[str]:
+    """Modules of lowbit that a module imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "lowbit":
+                yield rest if rest in MODULES else rest.rpartition(".")[0]
+
+
+def neighbours(one: str, other: str) -> bool:
+    """Whether both belong to a group whose members stand alone."""
+    for group in ALONE:
+        inside = [m in group or m.partition(".")[0] + ".*" in group and "." in m for m in (one, other)]
+        if all(inside) and one != other:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down(module: str) -> None:
+    up = [other for other in imports(module) if floor(other) > floor(module)]
+    across = [other for other in imports(module) if neighbours(module, other)]
+    assert not up, f"'{module}' on floor {floor(module)} imports from above: {up}"
+    assert not across, f"'{module}' imports its neighbour: {across}"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if not m.startswith("graph")))
+def test_only_graph_builds_graphs(module: str) -> None:
+    """Elsewhere `from torch import fx` serves annotations: fx.Node and fx.GraphModule are named, never called."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            assert not any(name.startswith("torch.fx") for name in names), f"line {node.lineno}: {names}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "fx":
+            assert node.attr in {"Node", "GraphModule"}, f"line {node.lineno}: fx.{node.attr}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert ast.unparse(node.func.value) != "fx", f"line {node.lineno}: {ast.unparse(node.func)}()"

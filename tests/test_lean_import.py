@@ -1,0 +1,26 @@
+"""Importing lowbit costs next to nothing over importing torch, and drags in nothing that most users never call."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+
+HEAVY = ("onnx", "onnxscript", "onnxruntime", "openvino", "hls4ml", "jinja2", "typer", "rich", "scipy", "yaml")
+PROBE = f"""
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import lowbit
+seconds = time.perf_counter() - start
+print(json.dumps([seconds, sorted(set({HEAVY!r}) & (set(sys.modules) - before))]))
+"""
+
+
+def test_import_is_lean() -> None:
+    runs = [subprocess.run([sys.executable, "-c", PROBE], capture_output=True, check=True) for _ in range(3)]
+    results = [json.loads(run.stdout) for run in runs]
+    assert [loaded for _, loaded in results] == [[]] * 3
+    assert statistics.median(seconds for seconds, _ in results) <= 0.3
