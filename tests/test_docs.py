@@ -1,7 +1,7 @@
 """The documentation is true: its Python runs, its command lines parse, the package's doctests pass.
 
-The Python blocks of one page run in order and share their names, in an empty folder. A block that cannot run here has a
-line `<!-- not run: why -->` right above it.
+The Python blocks of one page run in order and share their names, in an empty folder. A block that cannot run
+here has a line `<!-- not run: why -->` right above it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Importing lowbit costs next to nothing over importing torch, and drags in nothing that most users never call."""
+"""Importing lowbit costs little over importing torch, and drags in nothing that most users never call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 
-HEAVY = ("onnx", "onnxscript", "onnxruntime", "openvino", "hls4ml", "jinja2", "typer", "rich", "scipy", "yaml")
+HEAVY = ["onnx", "onnxscript", "onnxruntime", "openvino", "hls4ml", "jinja2", "typer", "rich", "scipy", "yaml"]
 PROBE = f"""
 import json, sys, time
 import torch

@@ -1,5 +1,6 @@
 """lowbit: quantize PyTorch networks from 8 bits to 1, and prove the result on the target that runs it."""
 
+from lowbit import export
 from lowbit.core.observers import observers
 from lowbit.core.qtensor import QTensor, quantization_error
 from lowbit.core.spec import FP16, INT4, INT8, UINT8, PerChannel, PerGroup, PerTensor, QuantSpec
@@ -7,3 +8,29 @@ from lowbit.errors import LowbitError
 from lowbit.model import QuantizedModel
 from lowbit.ptq import calibrate, freeze, prepare, quantize
 from lowbit.recipe import Recipe, Rule, preset
+from lowbit.verify import verify
+
+__all__ = [
+    "FP16",
+    "INT4",
+    "INT8",
+    "UINT8",
+    "LowbitError",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "QTensor",
+    "QuantSpec",
+    "QuantizedModel",
+    "Recipe",
+    "Rule",
+    "calibrate",
+    "export",
+    "freeze",
+    "observers",
+    "prepare",
+    "preset",
+    "quantization_error",
+    "quantize",
+    "verify",
+]

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lowbit.core.integer import bias_codes
 from lowbit.core.qtensor import sqnr_db
 from lowbit.errors import LowbitError
+from lowbit.graph.match import calls, input_quantizer, layer_nodes
 from lowbit.graph.ops import module_of
 from lowbit.graph.rewrite import clone
-from lowbit.graph.run import peak_bytes
-from lowbit.graph.trace import Inputs, Note, describe, trace
+from lowbit.graph.run import flat_tensors, peak_bytes
+from lowbit.graph.trace import Inputs, Note, trace
 from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
-from lowbit.nn.quantizer import Quantizer
 from lowbit.passes.bias_correct import correct_bias_analytically, correct_outputs
 from lowbit.passes.calibrate import batches, calibrate_activations, calibrate_weights
 from lowbit.passes.equalize import equalize
@@ -116,7 +117,7 @@ def freeze(q: QuantizedModel) -> QuantizedModel:
     Raises:
         LowbitError: a scale is not known yet.
     """
-    _fit_biases(q.graph)
+    _settle_biases(q.graph)
     for path, layer in q.graph.named_modules():
         if isinstance(layer, QLayer) and layer.frozen_spec is None:
             if not layer.weight_quantizer.ready:
@@ -186,32 +187,28 @@ def _quantize_without_data(model: nn.Module, recipe: Recipe, example: Inputs) ->
     return freeze(q)
 
 
-def _fit_biases(gm: fx.GraphModule) -> None:
-    """Raise the scale of channels so small that their bias would not fit 32 bits at the scale of the accumulator."""
-    for node in gm.graph.nodes:
-        layer = module_of(node) if node.op == "call_module" else None
-        if not isinstance(layer, QLayer) or layer.frozen_spec is not None or getattr(layer, "bias", None) is None:
+def _settle_biases(gm: fx.GraphModule) -> None:
+    """Put biases where integer kernels have them: 32 bits at the scale of the accumulator.
+
+    A channel so small that its bias would not fit gets a larger scale. A layer called once keeps the rounded bias, so
+    that the simulation adds what the kernel adds.
+    """
+    counts = calls(gm)
+    for node in layer_nodes(gm):
+        layer, source = module_of(node), input_quantizer(node)
+        if not isinstance(layer, QLayer) or layer.frozen_spec is not None or source is None or layer.bias is None:
             continue
-        spec, source = layer.weight_quantizer.spec, input_quantizer(node)
-        if source is None or spec.kind != "int":
+        quantizer, bias = layer.weight_quantizer, layer.bias.detach()
+        if quantizer.spec.kind != "int" or source.spec.kind != "int" or source.scale.numel() != 1:
             continue
-        scale = layer.weight_quantizer.scale
-        if spec.scale_shape(layer.weight.shape)[layer.channel_axis] != layer.bias.numel():
-            need = layer.bias.detach().abs().max() / (source.scale.max() * 2.0**30)
+        need = bias.abs() / (source.scale.reshape(()) * 2.0**30)
+        if quantizer.scale.numel() != bias.numel():
+            quantizer.scale = torch.maximum(quantizer.scale, need.max())
         else:
-            need = (layer.bias.detach().abs() / (source.scale.max() * 2.0**30)).reshape(
-                [-1 if d == layer.channel_axis else 1 for d in range(scale.ndim)]
-            )
-        layer.weight_quantizer.scale = torch.maximum(scale, need)
-
-
-def input_quantizer(node: fx.Node) -> Quantizer | None:
-    """The quantizer whose codes a layer call reads, through operations that only move values."""
-    from lowbit.graph.match import source_of
-
-    source = source_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-    module = module_of(source) if source is not None and source.op == "call_module" else None
-    return module if isinstance(module, Quantizer) and module.mode == "quantize" else None
+            quantizer.scale = torch.maximum(quantizer.scale, need.reshape(quantizer.scale.shape))
+        scale = source.scale.reshape(()) * quantizer.scale.reshape(-1)
+        if counts[id(layer)] == 1 and scale.numel() in (1, bias.numel()):
+            layer.bias = nn.Parameter(bias_codes(bias, scale) * scale)
 
 
 def _sample(data: Any, num_batches: int | None, gm: fx.GraphModule) -> list[Inputs]:
@@ -242,20 +239,10 @@ def _output_sqnr(reference: nn.Module, q: nn.Module, data: list[Inputs]) -> floa
     return sqnr_db(signal, noise)
 
 
-def flat_tensors(output: Any) -> list[Tensor]:
-    """Floating point tensors of an output, whatever holds them."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = list(output.values())
-    return [t for part in output for t in flat_tensors(part)] if isinstance(output, (tuple, list)) else []
-
-
 def _zeros(example: Inputs) -> Inputs:
     """The shapes and dtypes of a call, without its data."""
 
     def blank(value: Any) -> Any:
         return torch.zeros(value[:2].shape if value.ndim else (), dtype=value.dtype) if isinstance(value, Tensor) else value
 
-    assert describe
     return Inputs(args=tuple(blank(a) for a in example.args), kwargs={k: blank(v) for k, v in example.kwargs.items()})

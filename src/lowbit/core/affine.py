@@ -5,16 +5,28 @@ Every granularity uses it as it stands, because a scale keeps the rank of its te
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lowbit.core.spec import QuantSpec, expand_to
 from lowbit.errors import LowbitError
 
-__all__ = ["check_finite", "choose_qparams", "dequantize", "fake_quantize", "group_amin_amax", "quantize"]
+__all__ = [
+    "check_finite",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "group_amin_amax",
+    "grouped",
+    "quantize",
+]
 
 # The smallest scale: products of two scales and their quotient by a third stay normal in float32.
 MIN_SCALE = 2.0**-60
+# The largest magnitude of a range: every scale, and every code times it, is then finite in float32.
+MAX_REACH = 2.0**126
 FP16_MAX = 65504.0
 
 
@@ -22,30 +34,30 @@ def check_finite(x: Tensor, what: str = "the tensor") -> None:
     """Raise LowbitError when `x` holds NaN or infinity."""
     if x.numel() and not torch.isfinite(x).all():
         nan, inf = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
-        raise LowbitError(f"{what} holds {nan} NaN and {inf} infinite values; quantization needs finite numbers")
+        raise LowbitError(
+            f"{what} holds {nan} NaN and {inf} infinite values; quantization needs finite numbers"
+        )
 
 
 def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that cover the range [lo, hi].
 
-    Zero is always representable, exactly: the range is widened to hold it. A range of zero width (an all-zero or
-    empty tensor) gets scale 1.
+    Zero is always representable, exactly: the range is widened to hold it. A range of zero width (an all-zero
+    or empty tensor) gets scale 1. The end of an asymmetric range may move by half a step, for its zero point is
+    rounded.
 
     Args:
         lo, hi: ends of the range, in the shape of the scale.
         spec: a spec of kind "int".
 
     Returns:
-        scale: float32, as shaped as `lo`; a power of two at least as large as needed when `spec.scale` is "pow2".
+        scale: float32, as shaped as `lo`; when `spec.scale` is "pow2", the next power of two from there up.
         zero_point: int32 of the same shape, or None when the spec is symmetric.
 
     Raises:
-        LowbitError: the range is NaN, infinite or upside down.
+        LowbitError: the range is NaN, infinite, beyond 2^126 or upside down.
     """
-    check_finite(lo, "the range")
-    check_finite(hi, "the range")
-    if (lo > hi).any():
-        raise LowbitError(f"the range is upside down: lo {lo.max().item():g} is above hi {hi.min().item():g}")
+    _check_range(lo, hi)
     lo, hi = lo.double().clamp(max=0.0), hi.double().clamp(min=0.0)
     if spec.kind == "float":
         return torch.ones_like(lo, dtype=torch.float32), None
@@ -65,8 +77,21 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
     return scale, zero_point.to(torch.int32)
 
 
+def _check_range(lo: Tensor, hi: Tensor) -> None:
+    fits = (lo <= hi) & (lo >= -MAX_REACH) & (hi <= MAX_REACH)  # False for NaN
+    if not fits.all():
+        low, high = (end[~fits][0].item() for end in (lo, hi))
+        raise LowbitError(
+            f"[{low:g}, {high:g}] is no range to quantize; its ends must be finite, in order and within 2^126, "
+            "so look for the layer that diverges, or rescale its input"
+        )
+
+
 def _round(x: Tensor, spec: QuantSpec) -> Tensor:
-    return torch.round(x) if spec.rounding == "half_even" else torch.floor(x + 0.5)
+    if spec.rounding == "half_even":
+        return torch.round(x)
+    below = torch.floor(x)
+    return below + (x - below >= 0.5)  # floor(x + 0.5) would round the sum, and so 0.49999997 up
 
 
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -124,17 +149,5 @@ def grouped(x: Tensor, scale_shape: tuple[int, ...]) -> Tensor:
     split: list[int] = []
     for n, groups in zip(x.shape, scale_shape, strict=True):
         split += [groups, n // groups]
-    rank = x.ndim
-    order = [2 * d for d in range(rank)] + [2 * d + 1 for d in range(rank)]
-    scales = 1
-    for groups in scale_shape:
-        scales *= groups
-    return x.reshape(split).permute(order).reshape(scales, -1)
-
-
-def ungrouped(rows: Tensor, scale_shape: tuple[int, ...], shape: torch.Size) -> Tensor:
-    """Inverse of `grouped`."""
-    rank = len(shape)
-    inner = [n // groups for n, groups in zip(shape, scale_shape, strict=True)]
-    order = [d + half * rank for d in range(rank) for half in (0, 1)]
-    return rows.reshape(*scale_shape, *inner).permute(order).reshape(shape)
+    order = [*range(0, 2 * x.ndim, 2), *range(1, 2 * x.ndim, 2)]
+    return x.reshape(split).permute(order).reshape(math.prod(scale_shape), -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.core.spec import QuantSpec
 
-__all__ = ["Grid", "add", "average_pool", "multiply", "rescale", "round_to", "to_real"]
+__all__ = ["Grid", "add", "average_pool", "bias_codes", "multiply", "rescale", "round_to", "to_real"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Grid:
     def centre(self, codes: Tensor) -> Tensor:
         """Clamp codes and take the zero point off."""
         return codes.clamp(self.spec.qmin, self.spec.qmax) - self.zero_point
+
+
+def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
+    """int32 codes of a bias at the scale of the accumulator, f32(input scale * weight scale): rint(f32(bias / scale))."""
+    limit = 2.0**31 - 1
+    return torch.round(bias / scale).double().clamp(-limit, limit).to(torch.int32)
 
 
 def to_real(centred: Tensor, grid: Grid) -> Tensor:

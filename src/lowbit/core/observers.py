@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lowbit.core import ranges
-from lowbit.core.affine import check_finite
+from lowbit.core.affine import check_finite, grouped
 from lowbit.core.histogram import FloatHistogram
-from lowbit.core.spec import PerChannel, PerGroup, QuantSpec
+from lowbit.core.spec import PerGroup, QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.registry import Registry
 
@@ -25,37 +25,48 @@ class Observer:
     """Smallest and largest value seen, per tensor or per channel as the spec asks; the base of all observers."""
 
     def __init__(self, spec: QuantSpec) -> None:
+        """Start with nothing seen.
+
+        Raises:
+            LowbitError: the granularity is PerGroup.
+        """
         if isinstance(spec.granularity, PerGroup):
             raise LowbitError("a streamed tensor has no fixed groups; use PerTensor or PerChannel for activations")
         self.spec = spec
         self.batches = 0
+        # ends of what was seen, [channels]
         self.lo = torch.empty(0)
         self.hi = torch.empty(0)
-        self.rank = 0
+        # shape of the scale of the last tensor seen
+        self.shape: tuple[int, ...] = ()
 
     def update(self, x: Tensor) -> None:
         """Take in one batch, a float tensor; an empty one changes nothing.
 
         Raises:
-            LowbitError: NaN, infinity, or another number of channels than before.
+            LowbitError: NaN, infinity, an axis that does not exist, or another number of channels than before.
         """
         if x.numel() == 0:
             return
-        rows = self._rows(x.detach())
+        shape = self.spec.scale_shape(x.shape)
+        rows = grouped(x.detach().float(), shape)
         # the reduction over everything is vectorized, the one over a dimension of one row is not
         lo, hi = (v.reshape(1) for v in torch.aminmax(rows)) if len(rows) == 1 else torch.aminmax(rows, dim=1)
         if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
-            check_finite(x, "a calibration tensor")
+            check_finite(rows, "a calibration tensor")
         if self.batches and lo.shape != self.lo.shape:
             raise LowbitError(f"a tensor with {len(lo)} channels follows one with {len(self.lo)}; they must agree")
-        self.rank = x.ndim
         self._take(rows, lo, hi)
-        self.lo = torch.minimum(self.lo, lo) if self.batches else lo
-        self.hi = torch.maximum(self.hi, hi) if self.batches else hi
+        self._widen(lo, hi)
+        self.shape = shape
         self.batches += 1
 
     def merge(self, other: Observer) -> None:
-        """Become what this observer would be had it also seen, afterwards, what `other` saw."""
+        """Become what this observer would be had it also seen, afterwards, what `other` saw.
+
+        Raises:
+            LowbitError: the observers differ in kind, spec or number of channels.
+        """
         if type(other) is not type(self) or other.spec != self.spec:
             raise LowbitError("only observers of one kind and one spec merge")
         if not other.batches:
@@ -63,13 +74,12 @@ class Observer:
         if self.batches and other.lo.shape != self.lo.shape:
             raise LowbitError(f"{len(other.lo)} channels cannot merge into {len(self.lo)}")
         self._join(other)
-        self.lo = torch.minimum(self.lo, other.lo) if self.batches else other.lo.clone()
-        self.hi = torch.maximum(self.hi, other.hi) if self.batches else other.hi.clone()
-        self.rank = other.rank
+        self._widen(other.lo, other.hi)
+        self.shape = other.shape
         self.batches += other.batches
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """Ends of the range to represent, in the shape of the scale.
+        """Ends of the range to represent, float32 in the shape of the scale.
 
         Raises:
             LowbitError: nothing was observed.
@@ -77,16 +87,11 @@ class Observer:
         if not self.batches:
             raise LowbitError("nothing was observed, so there is no range; run calibration data through the model")
         lo, hi = self._ends()
-        shape = [1] * self.rank
-        if isinstance(self.spec.granularity, PerChannel):
-            shape[self.spec.granularity.axis] = -1
-        return lo.float().reshape(shape), hi.float().reshape(shape)
+        return lo.float().reshape(self.shape), hi.float().reshape(self.shape)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        x = x.float()
-        if isinstance(self.spec.granularity, PerChannel):
-            return x.movedim(self.spec.granularity.axis, 0).flatten(1) if x.ndim > 1 else x.reshape(-1, 1)
-        return x.reshape(1, -1)
+    def _widen(self, lo: Tensor, hi: Tensor) -> None:
+        self.lo = torch.minimum(self.lo, lo) if self.batches else lo.clone()
+        self.hi = torch.maximum(self.hi, hi) if self.batches else hi.clone()
 
     def _take(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
         """Statistics beyond lo and hi; rows is [channels, n]."""
@@ -107,56 +112,67 @@ class MinMax(Observer):
 class MovingAverage(Observer):
     """Exponential moving average of each batch's ends, momentum 0.1, corrected for its start (Adam's correction).
 
-    range_t = S_t / (1 - (1 - m)^t) with S_t = (1 - m) S_{t-1} + m x_t and S_0 = 0. Kept in float64.
+    range_t = S_t / (1 - (1 - m)^t) with S_t = (1 - m) S_{t-1} + m x_t and S_0 = 0: the mean of the x_i with weights
+    (1 - m)^(t - i). The ends of the last `horizon` batches are kept instead of S, for a sum would not merge exactly;
+    what came before weighs less than 1e-9 of the mean.
     """
 
     momentum = 0.1
+    horizon = 200
 
     def __init__(self, spec: QuantSpec) -> None:
+        """Start with nothing seen; the ends come to [horizon, 2, channels]."""
         super().__init__(spec)
-        self.sums = torch.zeros(2, 1, dtype=torch.float64)
+        self.recent = torch.empty(0)
 
     def _take(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
-        self.sums = (1 - self.momentum) * self.sums + self.momentum * torch.stack([lo, hi]).double()
+        self._append(torch.stack([lo, hi])[None])
 
     def _join(self, other: Observer) -> None:
         assert isinstance(other, MovingAverage)
-        self.sums = (1 - self.momentum) ** other.batches * self.sums + other.sums
+        self._append(other.recent[-other.batches :])
+
+    def _append(self, ends: Tensor) -> None:
+        if not self.batches:
+            self.recent = ends.new_zeros(self.horizon, *ends.shape[1:])
+        self.recent = torch.cat([self.recent[len(ends) :], ends])
 
     def _ends(self) -> tuple[Tensor, Tensor]:
-        lo, hi = self.sums / (1 - (1 - self.momentum) ** self.batches)
+        recent = self.recent[-self.batches :].double()
+        weight = (1 - self.momentum) ** torch.arange(len(recent) - 1, -1, -1, device=recent.device).double()
+        lo, hi = torch.tensordot(weight / weight.sum(), recent, dims=1)
         return lo, hi
 
 
 class HistogramObserver(Observer):
     """Counts over floating-point bins; `_choose` turns the histogram of one channel into a range."""
 
-    def __init__(self, spec: QuantSpec) -> None:
-        super().__init__(spec)
-        self.histogram: FloatHistogram | None = None
+    histogram: FloatHistogram
 
     def _take(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
-        if self.histogram is None:
-            self.histogram = FloatHistogram(len(rows))
-        self.histogram.add(rows, max(-lo.min().item(), hi.max().item(), 0.0))
+        if not self.batches:
+            self.histogram = FloatHistogram(len(rows), rows.device)
+        self.histogram.add(rows, max(-lo.min().item(), hi.max().item()))
 
     def _join(self, other: Observer) -> None:
-        assert isinstance(other, HistogramObserver) and other.histogram is not None
-        if self.histogram is None:
-            self.histogram = FloatHistogram(len(other.histogram.counts))
+        assert isinstance(other, HistogramObserver)
+        if not self.batches:
+            self.histogram = FloatHistogram(len(other.lo), other.lo.device)
         self.histogram.merge(other.histogram)
 
     def _ends(self) -> tuple[Tensor, Tensor]:
-        assert self.histogram is not None
         edges = self.histogram.edges()
-        chosen = []
-        for counts, lo, hi in zip(self.histogram.counts, self.lo.double(), self.hi.double(), strict=True):
-            ends = self._choose(counts, edges, lo, hi)
-            chosen.append(torch.stack([torch.maximum(ends[0], lo).clamp(max=0.0), torch.minimum(ends[1], hi).clamp(min=0.0)]))
-        return torch.stack([c[0] for c in chosen]), torch.stack([c[1] for c in chosen])
+        lo, hi = self.lo.cpu().double(), self.hi.cpu().double()
+        channels = zip(self.histogram.counts.cpu(), lo, hi, strict=True)
+        chosen = [self._choose(counts, edges, *ends) for counts, *ends in channels]
+        # no further than the data, and zero is always inside
+        lo = torch.maximum(torch.stack([ends[0] for ends in chosen]), lo).clamp(max=0.0)
+        hi = torch.minimum(torch.stack([ends[1] for ends in chosen]), hi).clamp(min=0.0)
+        return lo.to(self.lo.device), hi.to(self.hi.device)
 
     def _choose(self, counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        raise LowbitError(f"{type(self).__name__} does not choose a range; define _choose")
+        """Ends of the range for counts [bins] between edges [bins + 1] of values from lo to hi, all float64."""
+        raise NotImplementedError
 
 
 @observers.register("percentile")
@@ -192,4 +208,5 @@ class MSE(HistogramObserver):
     """The range of least squared error under the spec, clipping weighed against rounding."""
 
     def _choose(self, counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        return ranges.least_error_range(ranges.histogram_error(counts, edges, self.spec), lo, hi, self.spec)
+        error = ranges.histogram_error(counts, edges, self.spec)
+        return ranges.least_error_range(error, lo, hi, self.spec)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowbit.core.affine import choose_qparams, fake_quantize, grouped, ungrouped
+from lowbit.core.affine import choose_qparams, fake_quantize, grouped
 from lowbit.core.spec import QuantSpec
 
 __all__ = ["best_percentile", "kl_range", "least_error_range", "least_error_range_of", "percentile_range"]

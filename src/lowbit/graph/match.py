@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from lowbit.graph.ops import clamp_bounds, is_tensor, kind_of, label, module_of
+from lowbit.nn.quantizer import Quantizer
 
 __all__ = ["Operation", "Region", "batchnorms", "calls", "layer_nodes", "operations", "regions", "source_of", "tail_of"]
 
@@ -62,6 +63,22 @@ def source_of(node: fx.Node) -> fx.Node:
     while kind_of(node) == "pass" and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def input_quantizer(node: fx.Node) -> Quantizer | None:
+    """The quantizer whose codes a layer call reads, perhaps moved; None when it reads floats."""
+    source = source_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    module = module_of(source) if source is not None and source.op == "call_module" else None
+    return module if isinstance(module, Quantizer) and module.mode == "quantize" else None
+
+
+def is_global_pool(node: fx.Node) -> bool:
+    """Whether the node takes the mean over all positions, keeping the axes."""
+    if kind_of(node) != "average" or not is_tensor(node):
+        return False
+    source, value = node.args[0], node.meta["value"]
+    assert isinstance(source, fx.Node)
+    return value.ndim == 4 and tuple(value.shape[2:]) == (1, 1) and label(node).lower() in ("adaptiveavgpool2d", "adaptive_avg_pool2d")
 
 
 def tail_of(node: fx.Node) -> fx.Node:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lowbit.graph.trace import Inputs
 
-__all__ = ["bind_inputs", "evaluate", "peak_bytes", "walk"]
+__all__ = ["bind_inputs", "evaluate", "flat_tensors", "last_uses", "peak_bytes", "walk"]
 
 def walk(gm: fx.GraphModule, data: Sequence[Inputs]) -> Generator[tuple[fx.Node, list[Any]], list[Any] | None, None]:
     """Run every batch through one node before any goes on to the next.
@@ -19,7 +19,7 @@ def walk(gm: fx.GraphModule, data: Sequence[Inputs]) -> Generator[tuple[fx.Node,
     Yields each node with its value for every batch; a list that is sent back takes the place of those values.
     """
     values: dict[fx.Node, list[Any]] = {}
-    last_use = _last_uses(gm)
+    last_use = last_uses(gm)
     starts = [bind_inputs(gm, inputs) for inputs in data]
     for node in gm.graph.nodes:
         with torch.no_grad():
@@ -61,7 +61,8 @@ def bind_inputs(gm: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
     return bound
 
 
-def _last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the nodes whose values nobody needs once it has run."""
     found: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for node in reversed(gm.graph.nodes):
@@ -74,9 +75,18 @@ def _last_uses(gm: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
+def flat_tensors(output: Any) -> list[Tensor]:
+    """Floating point tensors of an output, whatever holds them."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [t for part in output for t in flat_tensors(part)] if isinstance(output, (tuple, list)) else []
+
+
 def peak_bytes(gm: fx.GraphModule) -> int:
     """Bytes that `walk` holds at most for one sample."""
-    last_use, live, peak = _last_uses(gm), 0, 0
+    last_use, live, peak = last_uses(gm), 0, 0
     for node in gm.graph.nodes:
         live += _sample_bytes(node)
         peak = max(peak, live)

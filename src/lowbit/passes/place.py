@@ -61,7 +61,8 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     A tensor is quantized once, where it is produced: behind the clamp of the layer or addition that made it, and not
     between the two; operations that only move values share the quantizer of their input. Its spec is the widest that its
     readers ask for. A model input or the result of a floating point operation is quantized when an integer kernel
-    reads it.
+    reads it. A linear layer that writes an output of the model hands out its accumulators, scaled: rounding them once
+    more would only lose accuracy.
 
     Raises:
         LowbitError: a rule that matches nothing, a group size that does not divide.
@@ -74,7 +75,7 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
             source = source_of(operand)
             wanted[source] = max(wanted.get(source, rule), rule, key=_bits)
     for node, rule in _integer_nodes(gm, rules):
-        if not isinstance(module_of(node) if node.op == "call_module" else None, nn.Embedding):
+        if not _leaves_as_float(node):
             wanted.setdefault(tail_of(node), rule)
     for path, layer in _layers(gm):
         rule = rules[path_name(gm, path)]
@@ -88,6 +89,14 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
         _bind(gm, f"{leaf}.{path}", layer, rules[path_name(gm, f"{leaf}.{path}")])
     finish(gm)
     return decisions
+
+
+def _leaves_as_float(node: fx.Node) -> bool:
+    """A table lookup, or a linear layer that writes an output of the model: its kernel gives floats for free."""
+    module = module_of(node) if node.op == "call_module" else None
+    if isinstance(module, nn.Embedding):
+        return True
+    return isinstance(module, nn.Linear) and all(user.op == "output" for user in node.users)
 
 
 def path_name(gm: fx.GraphModule, path: str) -> str:

@@ -1,5 +1,6 @@
 """ONNX files in the QuantizeLinear / DequantizeLinear form that ONNX Runtime and OpenVINO run on integer kernels."""
 
+from lowbit.export.qdq.emitters import CODES
 from lowbit.export.qdq.file import write_float, write_quantized
 
-__all__ = ["write_float", "write_quantized"]
+__all__ = ["CODES", "write_float", "write_quantized"]

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowbit.core.integer import bias_codes
 from lowbit.core.qtensor import QTensor
 from lowbit.core.spec import PerChannel, PerGroup, QuantSpec, expand_to
 from lowbit.errors import LowbitError
 from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QEmbedding, QLayer, QLinear
 from lowbit.nn.quantizer import Quantizer
 
-__all__ = ["CODES", "Clamped", "EmitGlobalAveragePool", "EmitQuantizer", "NIBBLES", "NIBBLES_CAST", "emit_layer", "integer_bias"]
+__all__ = ["CODES", "Clamped", "EmitGlobalAveragePool", "EmitQuantizer", "NIBBLES", "NIBBLES_CAST", "emit_layer"]
 
 # metadata key of the QuantizeLinear whose codes `verify` reads, and marks of initializers that become 4-bit tensors:
 # read as they are, or cast to int8 first, which the runtime does once while loading and integer kernels need
@@ -119,6 +120,8 @@ class _Weight(nn.Module):
         self.register_buffer(self.mark, codes.contiguous())
         if not self.half:
             self.register_buffer("scale", scale.contiguous().clone())  # type: ignore[union-attr]
+            if zero is None and integer:  # without it a layer with float output gets no integer kernel
+                zero = torch.zeros_like(scale, dtype=codes.dtype)  # type: ignore[arg-type]
             self.register_buffer("zero_point", None if zero is None else zero.to(codes.dtype).contiguous())
 
     def forward(self) -> Tensor:
@@ -134,7 +137,7 @@ class _Bias(nn.Module):
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         super().__init__()
-        self.register_buffer("codes", codes.to(torch.int32))
+        self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
 
     def forward(self) -> Tensor:
@@ -152,7 +155,7 @@ class _EmitLayer(nn.Module):
         self.weight = _Weight(layer.qweight(), integer=source is not None, transpose=matmul)
         self.bias: nn.Module | None = None
         if layer.bias is not None:
-            self.bias = _FloatBias(layer.bias) if source is None else _Bias(*integer_bias(layer, source))
+            self.bias = _FloatBias(layer.bias) if source is None else _Bias(*_integer_bias(layer, source))
         # only its geometry is used; the codes were copied
         self.geometry = {k: v for k, v in vars(layer).items() if not k.startswith("_")}
         self.kind = type(layer)
@@ -220,16 +223,10 @@ def emit_layer(layer: QLayer, source: Quantizer | None, rank: int) -> nn.Module:
     return emitter
 
 
-def integer_bias(layer: QLayer, source: Quantizer) -> tuple[Tensor, Tensor]:
-    """Bias codes and their scale f32(input scale * weight scale): rint(f32(bias / scale)), within 32 bits."""
-    scale = source.scale.reshape(()) * (layer.weight_quantizer.scale.reshape(-1) if _per_channel(layer) else _one(layer))
-    limit = 2.0**31 - 1
-    return torch.round(layer.bias.detach() / scale).double().clamp(-limit, limit), scale  # type: ignore[union-attr]
-
-
-def _per_channel(layer: QLayer) -> bool:
-    return isinstance(layer.weight_quantizer.spec.granularity, PerChannel)
-
-
-def _one(layer: QLayer) -> Tensor:
-    return layer.weight_quantizer.scale.reshape(-1)[0]
+def _integer_bias(layer: QLayer, source: Quantizer) -> tuple[Tensor, Tensor]:
+    """Bias codes and their scale, that of the accumulator."""
+    assert layer.bias is not None
+    weight = layer.weight_quantizer
+    scale = weight.scale.reshape(-1) if isinstance(weight.spec.granularity, PerChannel) else weight.scale.reshape(-1)[0]
+    scale = source.scale.reshape(()) * scale
+    return bias_codes(layer.bias.detach(), scale), scale

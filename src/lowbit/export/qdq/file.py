@@ -1,0 +1,244 @@
+"""From a graph to an ONNX file: emitters in, torch's exporter, a few touches on the result, an atomic write."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from lowbit.errors import LowbitError
+from lowbit.export.qdq.emitters import CODES, NIBBLES, NIBBLES_CAST, Clamped, EmitGlobalAveragePool, EmitQuantizer, emit_layer
+from lowbit.graph.match import input_quantizer, is_global_pool, source_of
+from lowbit.graph.ops import clamp_bounds, is_tensor, kind_of, module_of
+from lowbit.graph.rewrite import clone, finish, insert_after
+from lowbit.graph.trace import Inputs
+from lowbit.model import QuantizedModel
+from lowbit.nn.layers import BoundLayer, QLayer
+from lowbit.nn.quantizer import Quantizer
+
+__all__ = ["write_float", "write_quantized"]
+
+OPSET = 21  # the first with 4-bit and 16-bit codes and blocked scales
+IR_VERSION = 10  # of the same release; every runtime that knows opset 21 reads it
+
+
+def write_quantized(q: QuantizedModel, path: str | Path) -> Path:
+    """Write a frozen model as QDQ ONNX.
+
+    Raises:
+        LowbitError: the model is not frozen, or an operation has no ONNX form.
+    """
+    if not q.frozen:
+        raise LowbitError("the model still holds float weights; call lowbit.freeze(q) before exporting it")
+    gm = clone(q.graph)
+    _emit(gm)
+    return _write(gm, q.example, Path(path))
+
+
+def write_float(model: nn.Module, path: str | Path, example: Inputs) -> Path:
+    """Write the float model itself, for comparison."""
+    return _write(model.eval(), example, Path(path))
+
+
+def _emit(gm: fx.GraphModule) -> None:
+    """Swap every quantizer and quantized layer for its emitter."""
+    _requantize_moved_values(gm)
+    sources = {node: input_quantizer(node) for node in gm.graph.nodes if kind_of(node) == "layer"}
+    swaps: list[tuple[fx.Node, nn.Module]] = []
+    for node in gm.graph.nodes:
+        if kind_of(node) == "quantizer":
+            quantizer = module_of(node)
+            assert isinstance(quantizer, Quantizer)
+            if quantizer.mode == "quantize":
+                swaps.append((node, EmitQuantizer(quantizer, str(node.target))))
+        elif kind_of(node) == "layer" and isinstance(module_of(node), QLayer):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            swaps.append((node, emit_layer(module_of(node), sources[node], source.meta["value"].ndim)))  # type: ignore[arg-type]
+        elif is_global_pool(node):
+            swaps.append((node, EmitGlobalAveragePool()))
+        elif kind_of(node) == "clamp" and _is_free(node):
+            swaps.append((node, Clamped()))
+    for node, emitter in swaps:
+        path = f"emitters.{node.name}"
+        gm.add_submodule(path, emitter)
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_module(path, (node.args[0],))
+        call.meta.update(node.meta)
+        node.replace_all_uses_with(call)
+        gm.graph.erase_node(node)
+    finish(gm)
+    _emit_hidden(gm)
+
+
+def _requantize_moved_values(gm: fx.GraphModule) -> None:
+    """Integer kernels want codes on both sides of an operation: repeat the quantizer behind those that move values."""
+    for node in list(gm.graph.nodes):
+        if kind_of(node) != "pass" or not is_tensor(node) or kind_of(source_of(node)) != "quantizer":
+            continue
+        quantizer = module_of(source_of(node))
+        assert isinstance(quantizer, Quantizer)
+        if quantizer.spec.kind == "int" and quantizer.scale.numel() == 1 and quantizer.mode == "quantize":
+            again = Quantizer(quantizer.spec)
+            rank = [1] * node.meta["value"].ndim
+            zero = quantizer.zero_point
+            again.scale, again.zero_point = quantizer.scale.reshape(rank), None if zero is None else zero.reshape(rank)
+            again.mode = "quantize"
+            insert_after(gm, node, f"moved.{node.name}", again)
+
+
+def _is_free(node: fx.Node) -> bool:
+    """A clamp from 0 whose upper end lies above all that the quantizer behind it can represent."""
+    lo, hi = clamp_bounds(node)
+    users = list(node.users)
+    if lo != 0.0 or hi == float("inf") or len(users) != 1 or kind_of(users[0]) != "quantizer":
+        return False
+    quantizer = module_of(users[0])
+    assert isinstance(quantizer, Quantizer)
+    if quantizer.spec.kind != "int" or quantizer.scale.numel() != 1 or quantizer.mode != "quantize":
+        return False
+    zero = 0 if quantizer.zero_point is None else int(quantizer.zero_point)
+    return zero + round(hi / quantizer.scale.item()) >= quantizer.spec.qmax
+
+
+def _emit_hidden(gm: fx.GraphModule) -> None:
+    """Layers inside submodules that were not traced."""
+    for path, bound in list(gm.named_modules()):
+        if isinstance(bound, BoundLayer):
+            quantizers = (bound.input_quantizer, bound.output_quantizer)
+            source = quantizers[0] if quantizers[0] is not None and quantizers[0].mode == "quantize" else None
+            for side, quantizer in zip(("input_quantizer", "output_quantizer"), quantizers, strict=True):
+                if quantizer is not None and quantizer.mode == "quantize":
+                    setattr(bound, side, EmitQuantizer(quantizer, f"{path}.{side}"))
+            if isinstance(bound.layer, QLayer):
+                bound.layer = emit_layer(bound.layer, source, 2 if isinstance(bound.layer, nn.Linear) else 4)
+
+
+def _write(module: nn.Module, example: Inputs, path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise LowbitError(f"folder '{path.parent}' does not exist; create it first")
+    proto = _export(module, example)
+    _strip(proto)
+    _pack_nibbles(proto)
+    proto.ir_version = IR_VERSION
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        onnx.save(proto, temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _export(module: nn.Module, example: Inputs) -> onnx.ModelProto:
+    """Run torch's exporter with a dynamic first axis; where the model fixes the batch, with the example's shapes."""
+    args, kwargs = (_pairs(v) for v in (example.args, dict(example.kwargs)))
+    shapes = [_first_axis(a) for a in args], {k: _first_axis(v) for k, v in kwargs.items()}
+    dynamic = shapes[1] if kwargs and not args else tuple(shapes[0])
+    failure: Exception | None = None
+    with _quiet():
+        for dynamic_shapes in (dynamic if not (args and kwargs) else None, None):
+            try:
+                program = torch.onnx.export(
+                    module, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic_shapes, verbose=False
+                )
+                assert program is not None
+                return program.model_proto
+            except Exception as error:
+                failure = failure or error
+    reason = str(failure.__cause__ or failure).strip().splitlines()[0]
+    raise LowbitError(f"the model has no ONNX form: {reason}; see q.coverage() for what could not be traced") from failure
+
+
+def _pairs(values: Any) -> Any:
+    """At least two samples: the exporter takes an axis of length 1 for a constant."""
+
+    def grow(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1 else value
+
+    return {k: grow(v) for k, v in values.items()} if isinstance(values, dict) else tuple(grow(v) for v in values)
+
+
+def _first_axis(value: Any) -> dict[int, Any] | None:
+    return {0: torch.export.Dim.DYNAMIC} if isinstance(value, Tensor) and value.ndim else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells of packages it can do without; that is no news to the user of this library."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Drop the exporter's records of source lines, which weigh more than the codes of a small network."""
+    for node in proto.graph.node:
+        kept = [entry for entry in node.metadata_props if entry.key == CODES]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+        node.ClearField("doc_string")
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        del value.metadata_props[:]
+    del proto.graph.value_info[:]
+    del proto.graph.metadata_props[:]
+    del proto.metadata_props[:]
+
+
+def _pack_nibbles(proto: onnx.ModelProto) -> None:
+    """Store marked int8 codes as 4-bit tensors; where an integer kernel reads them, behind a Cast to int8."""
+    graph = proto.graph
+    casts = []
+    for tensor in list(graph.initializer):
+        mark = tensor.name.rsplit(".", 1)[-1]
+        if mark not in (NIBBLES, NIBBLES_CAST):
+            continue
+        codes = onnx.numpy_helper.to_array(tensor)
+        kind = onnx.TensorProto.INT4 if codes.dtype == np.int8 else onnx.TensorProto.UINT4
+        name = tensor.name if mark == NIBBLES else f"{tensor.name}.packed"
+        if mark == NIBBLES_CAST:
+            wide = onnx.TensorProto.INT8 if codes.dtype == np.int8 else onnx.TensorProto.UINT8
+            casts.append(onnx.helper.make_node("Cast", [name], [tensor.name], name=f"{tensor.name}.cast", to=wide))
+        packed = onnx.helper.make_tensor(name, kind, codes.shape, _nibbles(codes), raw=True)
+        graph.initializer.remove(tensor)
+        graph.initializer.append(packed)
+        if mark == NIBBLES:
+            _narrow_zero_point(graph, tensor.name, kind)
+    for cast in casts:
+        graph.node.insert(0, cast)
+
+
+def _narrow_zero_point(graph: onnx.GraphProto, codes: str, kind: int) -> None:
+    """DequantizeLinear wants codes and zero point of one type."""
+    names = {n.input[2] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] == codes and len(n.input) > 2}
+    for tensor in list(graph.initializer):
+        if tensor.name in names:
+            zeros = onnx.numpy_helper.to_array(tensor)
+            graph.initializer.remove(tensor)
+            graph.initializer.append(onnx.helper.make_tensor(tensor.name, kind, zeros.shape, _nibbles(zeros), raw=True))
+
+
+def _nibbles(codes: np.ndarray[Any, Any]) -> bytes:
+    """Two codes to a byte, the first in the low half."""
+    flat = codes.reshape(-1).view(np.uint8) & 0xF
+    flat = np.concatenate([flat, np.zeros(flat.size % 2, np.uint8)])
+    return (flat[0::2] | (flat[1::2] << 4)).tobytes()

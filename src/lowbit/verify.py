@@ -1,0 +1,240 @@
+"""Is the file the model that was measured? Run it, and compare codes: with integers, and with the simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.graph.ops import kind_of, module_of
+from lowbit.graph.run import bind_inputs, flat_tensors
+from lowbit.graph.trace import Inputs
+from lowbit.model import QuantizedModel
+from lowbit.nn.quantizer import Quantizer
+from lowbit.passes.calibrate import batches
+from lowbit.progress import track
+from lowbit.reference import Codes, grid_of, run_on_codes
+
+__all__ = ["LayerParity", "Parity", "verify"]
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """Codes of one tensor in the file, against the integer reference and the float simulation."""
+
+    name: str
+    # codes compared
+    codes: int
+    # share of codes equal to the integer reference, and the largest difference in units of the last place
+    equal: float
+    max_lsb: int
+    # the same against the float simulation
+    simulation_equal: float
+    simulation_max_lsb: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The file against the model, tensor by tensor and at the output."""
+
+    path: str
+    samples: int
+    layers: tuple[LayerParity, ...]
+    # share of output values bit-equal to the reference's, and the largest difference in the output's units
+    output_equal: float
+    output_max: float
+    # largest difference of the output from the simulation's
+    simulation_output_max: float
+    # share of samples with the same top-1 class as in the simulation; None where the output holds no classes
+    top1_agreement: float | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every code and every output value equals the integer reference."""
+        return self.output_equal == 1.0 and all(layer.equal == 1.0 for layer in self.layers)
+
+    def __str__(self) -> str:
+        header = ("tensor", "codes", "equal", "max LSB", "simulation equal", "max LSB")
+        rows = [
+            (r.name, f"{r.codes:,}", _percent(r.equal), str(r.max_lsb), _percent(r.simulation_equal), str(r.simulation_max_lsb))
+            for r in self.layers
+        ]
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+        top1 = "" if self.top1_agreement is None else f", top-1 agreement with the simulation {_percent(self.top1_agreement)}"
+        return "\n".join([*lines, f"{self.path}, {self.samples} samples: {_percent(self.output_equal)} of the outputs bit-equal{top1}"])
+
+
+def _percent(share: float) -> str:
+    """Never rounded up to 100."""
+    return "100 %" if share == 1.0 else f"{np.floor(share * 1e6) / 1e4:.4f} %"
+
+
+@dataclass
+class _Tally:
+    """Running counts of one tensor."""
+
+    count: int = 0
+    equal: int = 0
+    worst: float = 0.0
+    simulation_equal: int = 0
+    simulation_worst: float = 0.0
+
+    def add(self, found: Tensor, reference: Tensor, simulation: Tensor) -> None:
+        self.count += found.numel()
+        self.equal += int((found == reference).sum())
+        self.simulation_equal += int((found == simulation).sum())
+        if found.numel():
+            self.worst = max(self.worst, (found.double() - reference.double()).abs().max().item())
+            self.simulation_worst = max(self.simulation_worst, (found.double() - simulation.double()).abs().max().item())
+
+
+@dataclass
+class _Tallies:
+    layers: dict[str, _Tally] = field(default_factory=dict)
+    output: _Tally = field(default_factory=_Tally)
+    samples: int = 0
+    agree: int = 0
+    classes: bool = True
+
+
+def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | None = None) -> Parity:
+    """Run an exported ONNX file in ONNX Runtime and compare it with the model, code by code.
+
+    The codes of every quantized tensor are read from the running file. They must equal the integer reference, which
+    follows the arithmetic of the kernels; the float simulation, `q(x)`, is shown beside it: it may differ by the rounding
+    of a code here and there.
+
+    Args:
+        q: the frozen model that the file was exported from.
+        data: as for `quantize`; labels are not needed.
+
+    Raises:
+        LowbitError: the file does not exist, is no ONNX file, or was not exported from this model.
+    """
+    session, names = _open(Path(path), q)
+    tallies = _Tallies()
+    for inputs in track(batches(data, num_batches), "verifying"):
+        _compare(q, session, names, inputs, tallies)
+    if not tallies.samples:
+        raise LowbitError("there is no data to verify with; pass at least one batch")
+    shown = {str(n.target): str(n.args[0].meta["name"]) for n in q.graph.graph.nodes if kind_of(n) == "quantizer"}  # type: ignore[union-attr]
+    layers = tuple(
+        LayerParity(
+            name=shown.get(name, name),
+            codes=t.count,
+            equal=t.equal / t.count,
+            max_lsb=int(t.worst),
+            simulation_equal=t.simulation_equal / t.count,
+            simulation_max_lsb=int(t.simulation_worst),
+        )
+        for name, t in tallies.layers.items()
+    )
+    out = tallies.output
+    agreement = tallies.agree / tallies.samples if tallies.classes else None
+    return Parity(
+        str(path), tallies.samples, layers, out.equal / max(out.count, 1), out.worst, out.simulation_worst, agreement
+    )
+
+
+def _compare(q: QuantizedModel, session: Any, names: dict[str, str], inputs: Inputs, tallies: _Tallies) -> None:
+    bound = bind_inputs(q.graph, inputs)
+    fed = [i.name for i in session.get_inputs()]
+    values = [v for v in bound.values() if isinstance(v, Tensor)]
+    feed = {name: v.detach().numpy() for name, v in zip(fed, values, strict=True)}
+    outputs = [o.name for o in session.get_outputs()]
+    found = dict(zip(outputs, session.run(None, feed), strict=True))
+    reference: dict[str, Tensor] = {}
+    simulation: dict[str, Tensor] = {}
+
+    def remember(name: str, codes: Codes) -> None:
+        reference[name] = codes.codes()
+
+    with torch.inference_mode():
+        expected = flat_tensors(run_on_codes(q.graph, inputs, remember))
+        with _simulated_codes(q, simulation):
+            simulated = flat_tensors(inputs.call(q))
+    for name, codes in reference.items():
+        if name in names:
+            codes_found = torch.from_numpy(found[names[name]].astype(np.int32))
+            tallies.layers.setdefault(name, _Tally()).add(codes_found, codes, simulation[name])
+    results = [torch.from_numpy(found[o]) for o in outputs if o not in names.values()]
+    for result, want, simulated_one in zip(results, expected, simulated, strict=True):
+        tallies.output.add(result, want, simulated_one)
+    _count_classes(results, simulated, tallies)
+
+
+def _count_classes(results: Sequence[Tensor], simulated: Sequence[Tensor], tallies: _Tallies) -> None:
+    tallies.samples += results[0].shape[0] if results and results[0].ndim else 1
+    if len(results) == 1 and results[0].ndim == 2 and results[0].shape[1] > 1:
+        tallies.agree += int((results[0].argmax(1) == simulated[0].argmax(1)).sum())
+    else:
+        tallies.classes = False
+
+
+class _simulated_codes:  # noqa: N801  (a context manager, read as a verb)
+    """While open, records the codes that the simulation stands for, behind each quantizer."""
+
+    def __init__(self, q: QuantizedModel, into: dict[str, Tensor]) -> None:
+        self.q, self.into = q, into
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for node in self.q.graph.graph.nodes:
+            if kind_of(node) == "quantizer":
+                module = module_of(node)
+                assert isinstance(module, Quantizer)
+                self.hooks.append(module.register_forward_hook(self._record(str(node.target), module)))
+
+    def _record(self, name: str, quantizer: Quantizer) -> Any:
+        grid = grid_of(quantizer)
+
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            if grid is not None:
+                self.into[name] = (torch.round(output / grid.scale) + grid.zero_point).to(torch.int32)
+
+        return hook
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _open(path: Path, q: QuantizedModel) -> tuple[Any, dict[str, str]]:
+    """A session on the file with the codes of its quantizers as extra outputs, and their names by quantizer path."""
+    import onnx
+    import onnxruntime
+
+    from lowbit.export.qdq import CODES
+
+    if not path.is_file():
+        raise LowbitError(f"file '{path}' does not exist; write it with lowbit.export.onnx(q, path)")
+    try:
+        proto = onnx.load(str(path))
+    except Exception as error:
+        raise LowbitError(f"'{path}' is not an ONNX file: {str(error).splitlines()[0]}") from None
+    names: dict[str, str] = {}
+    for node in proto.graph.node:
+        for entry in node.metadata_props:
+            if entry.key == CODES:
+                names[entry.value] = node.output[0]
+    own = {str(n.target): module_of(n) for n in q.graph.graph.nodes if kind_of(n) == "quantizer"}
+    expected = {name for name, m in own.items() if isinstance(m, Quantizer) and grid_of(m) is not None}
+    unknown = [n for n in names if n.startswith("activation_quantizers.") and n not in own]
+    if unknown or not expected <= set(names):
+        odd = sorted(unknown or expected - set(names))[0]
+        raise LowbitError(f"'{path}' was not exported from this model: tensor '{odd}' is in only one of them; export it again")
+    for name in own:
+        if name in names:
+            proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(names[name]))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session, {name: names[name] for name in own if name in names}
+
