@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 OBSERVERS = ("minmax", "moving_average", "percentile", "adaptive_percentile", "kl", "mse")
 BIAS = ("bias_correct",)  # Recipe.refine: empirical bias correction alone
+AFFINE = ("affine_correct",)  # Recipe.refine: scale and bias of each output channel, the default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Variant:
     preset: str = "w8a8"
     observer: str | None = None
     weights: str | None = None  # granularity of weight scales: "tensor" or "channel"
+    weight_observer: str | None = None  # how weight ranges are chosen: "mse" or "minmax"
     equalize: bool | None = None
     refine: tuple[str, ...] | None = None
 
@@ -34,6 +36,9 @@ class Variant:
         options: dict[str, Any] = {"observer": self.observer, "weight_granularity": self.weights}
         recipe = lowbit.preset(self.preset, **{k: v for k, v in options.items() if v is not None})
         changes: dict[str, Any] = {"equalize": self.equalize, "refine": self.refine}
+        if self.weight_observer is not None:
+            rules = (dataclasses.replace(r, weight_observer=self.weight_observer) for r in recipe.rules)
+            changes["rules"] = tuple(rules)
         return dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from lowbit.errors import LowbitError, near_miss
 from lowbit.progress import track
+from lowbit.tables import text_table
 
-__all__ = ["RUNTIMES", "Timing", "time_files"]
+__all__ = ["RUNTIMES", "Timing", "time_files", "timing_table"]
 
 # input name -> array
 Feed = dict[str, Any]
@@ -69,6 +70,15 @@ def time_files(
             if turn >= WARMUP:
                 taken.append(time.perf_counter() - start)
     return [_timing(Path(path), taken, seconds[0]) for path, taken in zip(paths, seconds, strict=True)]
+
+
+def timing_table(timings: Sequence[Timing]) -> str:
+    """The timings as text."""
+    rows = [
+        (t.file, f"{t.milliseconds:.3f}", f"{t.speedup:.2f}x", f"{t.low:.2f}..{t.high:.2f}", f"{t.bytes:,}")
+        for t in timings
+    ]
+    return text_table(("file", "ms", "speed", "range", "bytes"), rows)
 
 
 def _timing(path: Path, seconds: list[float], first: list[float]) -> Timing:

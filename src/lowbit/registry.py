@@ -17,6 +17,7 @@ class Registry(Generic[T]):
     """Named parts of one kind; a miss also asks the entry points `lowbit.<kind>` of installed packages."""
 
     def __init__(self, kind: str) -> None:
+        """Start empty; `kind` is what messages call a part."""
         self.kind = kind
         self._parts: dict[str, T] = {}
 
@@ -32,7 +33,11 @@ class Registry(Generic[T]):
         return add
 
     def get(self, key: str | T) -> T:
-        """The part of that name; anything that is not a name is taken to be the part itself."""
+        """The part of that name; anything that is not a name is taken to be the part itself.
+
+        Raises:
+            LowbitError: no part has that name.
+        """
         if not isinstance(key, str):
             return key
         if key not in self._parts:
@@ -43,4 +48,5 @@ class Registry(Generic[T]):
         return self._parts[key]
 
     def names(self) -> tuple[str, ...]:
+        """What `get` takes, without the parts of other packages that nobody asked for yet."""
         return tuple(sorted(self._parts))

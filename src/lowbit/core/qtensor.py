@@ -28,11 +28,14 @@ class QTensor:
     spec: QuantSpec
 
     def __post_init__(self) -> None:
-        if tuple(self.scale.shape) != self.spec.scale_shape(self.codes.shape):
-            raise LowbitError(
-                f"scale of shape {list(self.scale.shape)} does not fit codes of shape {list(self.codes.shape)}; "
-                f"{self.spec} asks for {list(self.spec.scale_shape(self.codes.shape))}"
-            )
+        """Check that shapes, dtype and zero point are those of the spec."""
+        shape = self.spec.scale_shape(self.codes.shape)
+        for what, tensor in (("scale", self.scale), ("zero point", self.zero_point)):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise LowbitError(
+                    f"{what} of shape {list(tensor.shape)} does not fit codes of shape {list(self.codes.shape)}; "
+                    f"{self.spec} asks for {list(shape)}"
+                )
         if self.codes.dtype != self.spec.dtype:
             raise LowbitError(f"codes are {self.codes.dtype}; {self.spec} asks for {self.spec.dtype}")
         if (self.zero_point is None) != (self.spec.symmetric or self.spec.kind == "float"):
@@ -46,6 +49,7 @@ class QTensor:
 
         Args:
             x: float tensor of any shape.
+            spec: how its numbers are to look.
             range: lo and hi in the shape `spec.scale_shape(x.shape)`.
 
         Raises:
@@ -62,8 +66,9 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed codes, the scales and the zero points, as stored on disk."""
-        codes = math.ceil(self.codes.numel() * self.spec.bits / 8)
+        """Bytes of the codes, packed where a code has 8 bits at most, of the scales and of the zero points."""
+        width = self.spec.bits if self.spec.bits <= 8 else 8 * self.codes.element_size()
+        codes = math.ceil(self.codes.numel() * width / 8)
         scale = 0 if self.spec.kind == "float" else 4 * self.scale.numel()
         return codes + scale + (0 if self.zero_point is None else 4 * self.zero_point.numel())
 
@@ -92,6 +97,7 @@ def quantization_error(x: Tensor, spec: QuantSpec, range: tuple[Tensor, Tensor] 
 
     Args:
         x: float tensor of any shape with at least one element.
+        spec: how its numbers are to look.
         range: lo and hi to cover, in the shape of the scale; by default the range of `x`.
 
     Raises:

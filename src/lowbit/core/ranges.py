@@ -13,70 +13,82 @@ from torch import Tensor
 from lowbit.core.affine import choose_qparams, fake_quantize, grouped
 from lowbit.core.spec import QuantSpec
 
-__all__ = ["best_percentile", "kl_range", "least_error_range", "least_error_range_of", "percentile_range"]
+__all__ = [
+    "best_percentile",
+    "histogram_error",
+    "kl_range",
+    "least_error_range",
+    "least_error_range_of",
+    "percentile_range",
+]
 
 # error(lo, hi) -> squared error of each scale, for ends in the shape of the scale
 ErrorOfRange = Callable[[Tensor, Tensor], Tensor]
 PERCENTILES = (99.0, 99.5, 99.9, 99.95, 99.99, 99.995, 99.999, 100.0)
+KL_BINS = 2048
+KL_CANDIDATES = 256
 
 
 def least_error_range(error: ErrorOfRange, lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The sub-range of [lo, hi] of least error, for each scale by itself.
 
     The ends shrink together over a geometric grid and then a finer one; where both ends count (an asymmetric spec
-    over a signed tensor) each end then shrinks alone.
+    over a signed tensor) each end is then searched alone, the other held.
     """
     lo, hi = lo.double().clamp(max=0.0), hi.double().clamp(min=0.0)
-    lo, hi = _shrink(error, lo, hi, (True, True))
+    low = high = _least(lambda s: error(lo * torch.exp2(s), hi * torch.exp2(s)), torch.zeros_like(hi))
     if not spec.symmetric and bool((lo < 0).any()) and bool((hi > 0).any()):
-        for ends in ((True, False), (False, True), (True, False)):
-            lo, hi = _shrink(error, lo, hi, ends)
-    return lo, hi
+        low = _least(lambda s: error(lo * torch.exp2(s), hi * torch.exp2(high)), low)
+        high = _least(lambda s: error(lo * torch.exp2(low), hi * torch.exp2(s)), high)
+        low = _least(lambda s: error(lo * torch.exp2(s), hi * torch.exp2(high)), low)
+    return lo * torch.exp2(low), hi * torch.exp2(high)
 
 
-def _shrink(error: ErrorOfRange, lo: Tensor, hi: Tensor, ends: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    best = torch.zeros_like(hi)  # log2 of the factor; 0 keeps the range
-    least = error(lo, hi)
+def _least(error: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The log2 of the shrinking factor, at most 0, of least error; `start` is the first one tried."""
+    best, least = start, error(start)
 
     def attempt(step: Tensor) -> None:
         nonlocal best, least
-        factor = torch.exp2(step)
-        new = error(lo * factor if ends[0] else lo, hi * factor if ends[1] else hi)
+        new = error(step)
         better = new < least
         best, least = torch.where(better, step, best), torch.where(better, new, least)
 
-    for k in range(1, 41):
-        attempt(torch.full_like(hi, -k / 8))
+    k = 0
+    while bool((best < 1 - k / 8).any()):  # on, while the best of some scale lies within an octave of the last
+        attempt(torch.full_like(start, -k / 8))
+        k += 1
     for width in (1 / 16, 1 / 32, 1 / 64):
-        centre = best.clone()
+        centre = best
         for sign in (-1.0, 1.0):
             attempt((centre + sign * width).clamp(max=0.0))
-    factor = torch.exp2(best)
-    return (lo * factor if ends[0] else lo), (hi * factor if ends[1] else hi)
+    return best
 
 
 def least_error_range_of(x: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The range of least squared error of a tensor at rest, such as a weight; exact, from the values themselves.
+    """The range of least squared error of a tensor at rest, such as a weight; from the values themselves.
 
     Args:
         x: float tensor.
+        spec: how it is to be quantized.
         importance: weight of each squared error, broadcastable to `x`; for a weight, the mean square of the inputs
             that it multiplies makes this the error of the layer's output (inputs taken as uncorrelated).
+
+    Returns:
+        lo and hi, float64 in the shape of the scale.
     """
     shape = spec.scale_shape(x.shape)
-    rows = grouped(x, shape)
-    importance_rows = None if importance is None else grouped(importance.expand_as(x), shape)
-    row_spec = spec  # grouped rows keep the codes of the spec; only where the scales lie has changed
-
-    def error(lo: Tensor, hi: Tensor) -> Tensor:
-        scale, zero_point = choose_qparams(lo, hi, row_spec)
-        damage = (fake_quantize(rows, scale, zero_point, row_spec) - rows).square_()
-        if importance_rows is not None:
-            damage *= importance_rows
-        return damage.sum(dim=1, keepdim=True)
-
     if x.numel() == 0:
         return torch.zeros(shape), torch.zeros(shape)
+    rows = grouped(x, shape)
+    weights = None if importance is None else grouped(importance.expand_as(x), shape)
+
+    def error(lo: Tensor, hi: Tensor) -> Tensor:
+        damage = (fake_quantize(rows, *choose_qparams(lo, hi, spec), spec) - rows).square_()
+        if weights is not None:
+            damage *= weights
+        return damage.sum(dim=1, keepdim=True)
+
     lo, hi = torch.aminmax(rows, dim=1, keepdim=True)
     lo, hi = least_error_range(error, lo, hi, spec)
     return lo.reshape(shape), hi.reshape(shape)
@@ -89,7 +101,9 @@ def histogram_error(counts: Tensor, edges: Tensor, spec: QuantSpec) -> ErrorOfRa
     s^3 (n / 12 + f^3 / 3) inside the range, and a cubic in the distance from the range outside.
 
     Args:
-        counts: [bins]; edges: [bins + 1], ascending, float64.
+        counts: [bins].
+        edges: [bins + 1], ascending, float64.
+        spec: how the values are to be quantized.
     """
     used = counts > 0
     left, right = edges[:-1][used], edges[1:][used]
@@ -114,22 +128,27 @@ def histogram_error(counts: Tensor, edges: Tensor, spec: QuantSpec) -> ErrorOfRa
 
 def percentile_range(counts: Tensor, edges: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """Ends that leave out the share 1 - percentile / 100 of the values at each end; 0-dim float64 tensors."""
-    cumulative = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).double()
-    total = cumulative[-1]
-
-    def value(share: float) -> Tensor:
-        target = total * share
-        at = int(torch.searchsorted(cumulative, target)) if share > 0.5 else int(torch.searchsorted(cumulative, target, right=True))
-        at = min(max(at, 1), len(cumulative) - 1)
-        inside = (target - cumulative[at - 1]) / (cumulative[at] - cumulative[at - 1]).clamp(min=1)
-        return edges[at - 1] + inside * (edges[at] - edges[at - 1])
-
     share = percentile / 100
-    return value(1 - share), value(share)
+    return -_quantile(counts.flip(0), -edges.flip(0), share), _quantile(counts, edges, share)
+
+
+def _quantile(counts: Tensor, edges: Tensor, share: float) -> Tensor:
+    """The value that a share above 0 of the counts lies below, values spread evenly within each bin."""
+    below = _cumulative(counts)
+    target = share * below[-1]
+    at = torch.searchsorted(below, target)  # the first edge with enough below it
+    inside = (target - below[at - 1]) / (below[at] - below[at - 1])
+    return edges[at - 1] + inside * (edges[at] - edges[at - 1])
+
+
+def _cumulative(counts: Tensor) -> Tensor:
+    """Count below each edge, float64 [bins + 1]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).double()
 
 
 def best_percentile(error: ErrorOfRange, counts: Tensor, edges: Tensor, ends: tuple[Tensor, Tensor]) -> float:
     """The percentile of `PERCENTILES` whose range has the least squared error; of equals, the largest."""
+
     def damage(percentile: float) -> float:
         lo, hi = percentile_range(counts, edges, percentile)
         return error(torch.maximum(lo, ends[0]).clamp(max=0.0), torch.minimum(hi, ends[1]).clamp(min=0.0)).item()
@@ -137,49 +156,55 @@ def best_percentile(error: ErrorOfRange, counts: Tensor, edges: Tensor, ends: tu
     return min(reversed(PERCENTILES), key=damage)
 
 
-def kl_range(counts: Tensor, edges: Tensor, spec: QuantSpec, bins: int = 2048) -> tuple[Tensor, Tensor]:
+def kl_range(counts: Tensor, edges: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The threshold whose quantized distribution diverges least from the clipped one (Migacz, GTC 2017).
 
-    Magnitudes are resampled into `bins` even bins. For each threshold the distribution P, its outliers gathered in the
-    last bin, is compared with Q, the same bins merged into as many levels as the spec has codes for magnitudes and
-    spread back over the bins that were not empty; the threshold with the least KL(P || Q) wins.
+    Magnitudes are resampled into `KL_BINS` even bins. For each threshold the distribution P, its outliers gathered
+    in the last bin, is compared with Q, the same bins merged into as many levels as the spec has codes for magnitudes
+    and spread back over the bins that were not empty; the threshold with the least KL(P || Q) wins.
     """
-    magnitudes = _even_bins(counts, edges, bins)
-    width = torch.maximum(edges[-1].abs(), edges[0].abs())
-    top = int(torch.nonzero(magnitudes).max()) + 1 if magnitudes.any() else 0
-    levels = spec.qmax + 1 if spec.signed or not bool((edges[:-1][counts > 0] < 0).any()) else (spec.qmax + 1) // 2
-    if top <= levels or top == 0:
-        threshold = width * max(top, 1) / bins
-        return -threshold, threshold
-    candidates = torch.linspace(levels, top, min(256, top - levels + 1)).round().long().unique().tolist()
-    best = min(candidates, key=lambda n: _divergence(magnitudes, int(n), levels))
-    threshold = width * best / bins
-    return -threshold, threshold
+    magnitudes = _even_bins(counts, edges)
+    levels = _magnitude_levels(counts, spec)
+    filled = torch.nonzero(magnitudes)
+    top = int(filled.max()) + 1 if len(filled) else 1
+    threshold = top
+    if top > levels:
+        candidates = torch.linspace(levels, top, min(KL_CANDIDATES, top - levels + 1)).round().int().tolist()
+        threshold = min(candidates, key=lambda n: _divergence(magnitudes, n, levels))
+    end = edges[-1] * threshold / KL_BINS
+    return -end, end
 
 
-def _even_bins(counts: Tensor, edges: Tensor, bins: int) -> Tensor:
-    """Counts of |x| over `bins` even bins from 0 to the largest edge, float64; the bin of zero is left out."""
-    width = torch.maximum(edges[-1].abs(), edges[0].abs()) / bins
-    grid = torch.arange(bins + 1, dtype=torch.float64) * width
+def _magnitude_levels(counts: Tensor, spec: QuantSpec) -> int:
+    """How many codes of the spec share the magnitudes: all, or half where the data or the codes have two signs."""
+    if spec.symmetric:
+        return spec.qmax + 1
     half = len(counts) // 2
-    result = torch.zeros(bins, dtype=torch.float64)
-    for mass, ends in ((counts[half + 1 :], edges[half + 1 :]), (counts[:half].flip(0), -edges[: half + 1].flip(0))):
-        cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(0)]).double()
-        at = torch.searchsorted(ends, grid, right=True).clamp(1, len(ends) - 1)
-        share = ((grid - ends[at - 1]) / (ends[at] - ends[at - 1])).clamp(0, 1)
-        result += (cumulative[at - 1] + share * (cumulative[at] - cumulative[at - 1])).diff()
-    return result
+    two_signs = bool(counts[:half].any()) and bool(counts[half + 1 :].any())
+    return (spec.qmax - spec.qmin + 1) // (2 if two_signs else 1)
+
+
+def _even_bins(counts: Tensor, edges: Tensor) -> Tensor:
+    """Counts of |x| over even bins from 0 to the last edge, float64 [KL_BINS]; the bin of zero is left out."""
+    half = len(counts) // 2
+    magnitudes, ends = counts[half + 1 :] + counts[:half].flip(0), edges[half + 1 :]
+    below = _cumulative(magnitudes)
+    grid = torch.linspace(0.0, 1.0, KL_BINS + 1, dtype=torch.float64) * ends[-1]
+    at = torch.searchsorted(ends, grid, right=True).clamp(1, len(ends) - 1)
+    share = ((grid - ends[at - 1]) / (ends[at] - ends[at - 1])).clamp(0, 1)
+    return (below[at - 1] + share * (below[at] - below[at - 1])).diff()
 
 
 def _divergence(magnitudes: Tensor, n: int, levels: int) -> float:
-    reference = magnitudes[:n].clone()
-    reference[-1] += magnitudes[n:].sum()
-    level = (torch.arange(n) * levels) // n
-    merged = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, magnitudes[:n])
-    filled = (magnitudes[:n] > 0).double()
-    spread = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, filled)
-    quantized = filled * (merged / spread.clamp(min=1))[level]
-    smooth = 1e-4 * (1 / n)
-    p = reference / reference.sum() + smooth
+    """KL(P || Q) for a threshold at the end of bin n."""
+    kept = magnitudes[:n]
+    level = torch.arange(n) * levels // n
+    filled = (kept > 0).double()
+    total, width = (torch.zeros(levels, dtype=torch.float64).index_add_(0, level, v) for v in (kept, filled))
+    quantized = filled * (total / width.clamp(min=1))[level]
+    clipped = kept.clone()
+    clipped[-1] += magnitudes[n:].sum()
+    smooth = 1e-4 / n  # keeps the logarithm finite where Q is empty
+    p = clipped / clipped.sum() + smooth
     q = quantized / quantized.sum().clamp(min=1e-30) + smooth
     return float((p * (p / q).log()).sum() / p.sum())

@@ -19,7 +19,12 @@ class PerTensor:
     """One scale for the whole tensor: scale shape [1, ..., 1]."""
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of that shape."""
         return (1,) * len(shape)
+
+    def __str__(self) -> str:
+        """As specs are shown."""
+        return "tensor"
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,13 @@ class PerChannel:
     axis: int = 0
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of that shape."""
         axis = _positive_axis(self.axis, shape)
         return tuple(n if d == axis else 1 for d, n in enumerate(shape))
+
+    def __str__(self) -> str:
+        """As specs are shown."""
+        return "channel"
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,12 @@ class PerGroup:
     size: int = 32
 
     def __post_init__(self) -> None:
+        """Check the size."""
         if self.size < 1:
             raise LowbitError(f"group size {self.size} is not positive; use 32, 64 or 128")
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of that shape; an error where the size does not divide the axis."""
         axis = _positive_axis(self.axis, shape)
         length = shape[axis]
         if length % self.size:
@@ -55,8 +67,11 @@ class PerGroup:
                 f"group size {self.size} does not divide the {length} entries of axis {axis} "
                 f"of a tensor of shape {list(shape)}; use {cure}"
             )
-        groups = {axis: length // self.size}
-        return tuple(groups.get(d, n if d == 0 else 1) for d, n in enumerate(shape))
+        return tuple(length // self.size if d == axis else n if d == 0 else 1 for d, n in enumerate(shape))
+
+    def __str__(self) -> str:
+        """As specs are shown."""
+        return f"group{self.size}"
 
 
 Granularity = PerTensor | PerChannel | PerGroup
@@ -94,17 +109,23 @@ class QuantSpec:
     rounding: Literal["half_even", "half_up"] = "half_even"
 
     def __post_init__(self) -> None:
+        """Check every field, and that they go together."""
         if not (isinstance(self.bits, int) and 1 <= self.bits <= 16):
             raise LowbitError(f"bits={self.bits!r} is not a whole number from 1 to 16")
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
-                raise LowbitError(f"{field}={getattr(self, field)!r} is unknown; use one of {', '.join(allowed)}")
+                choices = ", ".join(str(choice) for choice in allowed)
+                raise LowbitError(f"{field}={getattr(self, field)!r} is unknown; use one of {choices}")
+        if not isinstance(self.granularity, Granularity):
+            raise LowbitError(f"granularity={self.granularity!r} is unknown; use PerTensor, PerChannel or PerGroup")
         if self.kind == "float":
             if self.bits != 16:
                 raise LowbitError(f"kind='float' has 16 bits, not {self.bits}; use FP16, or kind='int'")
             return
         if self.narrow and not self.signed:
-            raise LowbitError("narrow=True drops -2^(bits-1), which unsigned codes do not have; use signed=True")
+            raise LowbitError(
+                "narrow=True drops -2^(bits-1), which unsigned codes do not have; use signed=True"
+            )
         if self.bits == 1 and self.signed and (self.symmetric or self.narrow):
             raise LowbitError(
                 "1-bit signed symmetric codes are {-1, 0}: no positive value exists; "
@@ -114,12 +135,12 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """Smallest code."""
-        return -(2 ** (self.bits - 1)) + int(self.narrow) if self.signed else 0
+        return -(1 << self.bits >> 1) + int(self.narrow) if self.signed else 0
 
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << self.bits - int(self.signed)) - 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,22 +160,24 @@ class QuantSpec:
         return self.granularity.scale_shape(shape)
 
     def __str__(self) -> str:
+        """As tables show it, such as `uint8+zp/tensor`."""
         if self.kind == "float":
             return "fp16"
-        where = self.granularity
-        label = {PerTensor: "tensor", PerChannel: "channel"}.get(type(where)) or f"group{where.size}"  # type: ignore[union-attr]
-        parts = ["" if self.signed else "u", f"int{self.bits}", "" if self.symmetric else "+zp", f"/{label}"]
-        return "".join(parts) + ("/pow2" if self.scale == "pow2" else "")
+        sign, zero_point = "" if self.signed else "u", "" if self.symmetric else "+zp"
+        return f"{sign}int{self.bits}{zero_point}/{self.granularity}" + ("/pow2" if self.scale == "pow2" else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, equal after `from_dict`."""
         name = next(n for n, cls in _GRANULARITIES.items() if type(self.granularity) is cls)
-        data = asdict(self) | {"granularity": {"per": name, **asdict(self.granularity)}}
-        return data
+        return asdict(self) | {"granularity": {"per": name, **asdict(self.granularity)}}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> QuantSpec:
-        """Inverse of `to_dict`; the granularity may also be written as its name alone."""
+        """Inverse of `to_dict`; the granularity may also be written as its name alone.
+
+        Raises:
+            LowbitError: a field that is unknown, missing or wrong.
+        """
         fields = dict(data)
         where = fields.pop("granularity", "tensor")
         where = {"per": where} if isinstance(where, str) else dict(where)
@@ -167,7 +190,14 @@ class QuantSpec:
             raise LowbitError(f"not a quantization spec: {error}") from None
 
 
-_CHOICES = {"kind": ("int", "float"), "scale": ("float", "pow2"), "rounding": ("half_even", "half_up")}
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "kind": ("int", "float"),
+    "signed": (True, False),
+    "symmetric": (True, False),
+    "narrow": (True, False),
+    "scale": ("float", "pow2"),
+    "rounding": ("half_even", "half_up"),
+}
 
 INT8 = QuantSpec(bits=8, granularity=PerChannel(0))
 """Weights: signed, symmetric, one scale per output channel."""

@@ -1,17 +1,20 @@
 """A quantized model in one safetensors file: packed codes, scales, what stayed in float, and the recipe.
 
 The file holds one metadata entry, `lowbit`: JSON with the format's name and version, the recipe, the shapes of the
-example, the structure of the graph, the spec and mode of each quantizer and the shape of each tensor of codes. `load`
-replays the recipe on a model of the same architecture and fills in the tensors; the weights of that model do not matter.
+example, the structure of the graph (deflated), the spec and mode of each quantizer and the shape of each tensor of
+codes. `load` replays the recipe on a model of the same architecture and fills in the tensors; the weights of that model
+do not matter.
 
 Integrity: `sha256` in the metadata is the digest of the whole file, with the digest itself written as 64 zeros.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,10 +160,19 @@ def _metadata_of(q: QuantizedModel) -> dict[str, Any]:
         "specs": [spec.to_dict() for spec in specs],
         "quantizers": {path: [specs.index(m.spec), m.mode] for path, m in quantizers.items()},
         "codes": {path: list(layer.get_buffer("weight_codes").shape) for path, layer in _layers(q.graph)},
-        "structure": structure_of(q.graph),
+        "structure": _squeeze(structure_of(q.graph)),
         "notes": [asdict(note) for note in q.notes],
         "steps": [asdict(step) for step in q.steps],
     }
+
+
+def _squeeze(structure: list[Part]) -> str:
+    """JSON, deflated, as text: it repeats itself, and plain it would be as large as the codes of a small network."""
+    return base64.b85encode(zlib.compress(json.dumps(structure).encode(), 9)).decode()
+
+
+def _unsqueeze(text: str) -> Any:
+    return json.loads(zlib.decompress(base64.b85decode(text)))
 
 
 def _refuse(value: Any) -> Any:
@@ -200,7 +212,7 @@ def _read(path: Path) -> tuple[_Record, dict[str, Tensor]]:
         raise LowbitError(f"'{path}' is damaged or was altered: its checksum does not hold; {_CURE}")
     try:
         return _record_of(metadata), parse_tensors(bytes(data))
-    except (LookupError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, zlib.error, safetensors.SafetensorError) as error:
         raise LowbitError(f"'{path}' is not as lowbit writes it: {error}; {_CURE}") from None
 
 
@@ -237,7 +249,7 @@ def _record_of(metadata: dict[str, Any]) -> _Record:
         example=Inputs(
             args=tuple(_zeros(v) for v in example["args"]), kwargs={k: _zeros(v) for k, v in example["kwargs"].items()}
         ),
-        structure=[Part(*part) for part in metadata["structure"]],
+        structure=[Part(*part) for part in _unsqueeze(metadata["structure"])],
         quantizers={path: (specs[index], mode) for path, (index, mode) in metadata["quantizers"].items()},
         codes={path: tuple(shape) for path, shape in metadata["codes"].items()},
         notes=[Note(**note) for note in metadata["notes"]],

@@ -45,7 +45,7 @@ class QLayer(nn.Module):
         q.weight = layer.weight  # type: ignore[assignment]
         if kwargs.get("bias"):
             q.bias = layer.bias  # type: ignore[assignment]
-        q.weight_quantizer = Quantizer(spec)
+        q.weight_quantizer = Quantizer(spec, observer=None)
         return q.train(layer.training)
 
     def effective_weight(self) -> Tensor:

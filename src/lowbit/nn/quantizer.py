@@ -28,10 +28,11 @@ class Quantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, spec: QuantSpec, observer: str | type[Observer] = "minmax") -> None:
+    def __init__(self, spec: QuantSpec, observer: str | type[Observer] | None = "minmax") -> None:
+        """Without an observer, as for a weight, whose values are all at hand, the range is given by `set_range`."""
         super().__init__()
         self.spec = spec
-        self.observer = observers.get(observer)(spec) if spec.kind == "int" else None
+        self.observer = observers.get(observer)(spec) if observer is not None and spec.kind == "int" else None
         self.mode: Mode = "off"
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", None if spec.symmetric else torch.empty(0, dtype=torch.int32))

@@ -1,0 +1,291 @@
+"""The command line: `lowbit demo | quantize | export | verify | bench | inspect`.
+
+Thin: it reads names, calls the library, prints. Text or, with --json, one JSON object goes to stdout; progress
+and whatever a model prints go to stderr. The exit code is 0; 1 when `verify` finds codes that differ; 2, with one
+line `error: ...`, when the input is bad.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import torch
+import typer
+
+import lowbit
+from lowbit import cli_inputs
+from lowbit.errors import LowbitError
+from lowbit.tables import text_table
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Quantize PyTorch networks, and prove the result in the file that runs.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+# click's class, or the copy of it inside newer typers
+USAGE_ERROR: Any = typer.BadParameter.__base__
+
+MODEL_HELP = "module:callable or file.py:callable; called without arguments it returns the nn.Module"
+DATA_HELP = ".npz, .npy or .safetensors with x (and y), or module:callable that returns batches"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a file that quantize wrote")]
+Weights = Annotated[str | None, typer.Option(metavar="FILE.safetensors", help="state dict of the model")]
+Data = Annotated[str, typer.Option(metavar="DATA", help=DATA_HELP)]
+OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=DATA_HELP)]
+NumBatches = Annotated[int | None, typer.Option(min=1, help="use only so many batches")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a batch of an array file [64]")]
+Shape = Annotated[str | None, typer.Option(metavar="N,C,H,W", help="shape of the input")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line, by default that of the process; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return int(app(given or ["--help"], prog_name="lowbit", standalone_mode=False) or 0)
+    except USAGE_ERROR as error:
+        reason = f"{error.format_message()}; see lowbit {' '.join(given[:1])} --help"
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        reason = f"this needs the package {error.name}; install lowbit[{EXTRAS[error.name]}]"
+    except (LowbitError, OSError) as error:
+        reason = str(error)
+    print("error:", " ".join(reason.split()), file=sys.stderr)
+    return 2
+
+
+EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
+
+
+@dataclass
+class Answer:
+    """What a command says: text as it goes, or one record at the end."""
+
+    out: TextIO
+    as_json: bool
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, text: object = "") -> None:
+        if not self.as_json:
+            print(text, file=self.out, flush=True)
+
+
+@contextlib.contextmanager
+def answering(as_json: bool) -> Iterator[Answer]:
+    """Keep stdout for the answer: what models and runtimes print goes to stderr."""
+    answer = Answer(sys.stdout, as_json)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield answer
+    if as_json:
+        print(json.dumps(plain(answer.record), allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """Data that JSON holds: of numbers only finite ones."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the files")] = Path("out"), as_json: Json = False
+) -> None:
+    """Quantize the network that ships with lowbit, and show everything: under a minute."""
+    from lowbit.demo.run import run
+
+    with answering(as_json) as answer:
+        answer.record = run(out, answer.say)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.safetensors", help="file to write")],
+    recipe: Annotated[str, typer.Option(help="preset (w8a8, w8, w4a8, w4, fp16) or YAML file")] = "w8a8",
+    data: OptionalData = None,
+    weights: Weights = None,
+    onnx: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="also write this file")] = None,
+    num_batches: NumBatches = None,
+    batch_size: BatchSize = None,
+    input_shape: Shape = None,
+    as_json: Json = False,
+) -> None:
+    """Calibrate and quantize a model; a recipe for weights alone takes --input-shape instead of --data."""
+    with answering(as_json) as answer:
+        chosen = lowbit.Recipe.get(recipe)
+        targets = [cli_inputs.writable(p, name) for p, name in ((output, "-o"), (onnx, "--onnx")) if p]
+        network = cli_inputs.load_model(model, weights)
+        batches = _batches(chosen, data, input_shape, batch_size, num_batches)
+        _show_plan(answer, network, chosen, next(iter(batches), None))
+        calibration = {"calibration": batches} if data else {"example_inputs": batches[0]}
+        q = lowbit.quantize(network, chosen, num_batches=num_batches, **calibration)
+        for step in q.steps:
+            answer.say(step)
+        coverage = q.coverage()
+        answer.say(f"\n{coverage}")
+        lowbit.save(q, output)
+        if onnx:
+            lowbit.export.onnx(q, onnx)
+        sizes = {str(path): path.stat().st_size for path in targets}
+        answer.say(f"\nweights in float32: {q.cost().float_bytes:,} bytes")
+        for path, size in sizes.items():
+            answer.say(f"{path}: {size:,} bytes")
+        answer.record |= {"model": model, "recipe": q.recipe.to_dict(), "steps": [asdict(s) for s in q.steps]}
+        answer.record |= {"coverage": asdict(coverage), "float_bytes": q.cost().float_bytes, "files": sizes}
+
+
+def _batches(
+    recipe: lowbit.Recipe,
+    data: str | None,
+    shape: str | None,
+    batch_size: int | None,
+    num_batches: int | None,
+) -> Any:
+    """Calibration data; without it one batch of zeros, which shows its shapes to a recipe for weights alone."""
+    if data is not None:
+        return cli_inputs.load_data(data, batch_size, num_batches)
+    if recipe.quantizes_activations:
+        raise LowbitError(
+            "the recipe quantizes activations, whose ranges come from data; give --data or use w8"
+        )
+    if shape is None:
+        raise LowbitError("without --data the input is unknown; give --input-shape, such as 1,3,224,224")
+    return [torch.zeros(_dims(shape))]
+
+
+def _dims(shape: str) -> list[int]:
+    parts = shape.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise LowbitError(f"shape '{shape}' is not a list of positive numbers such as 1,3,224,224")
+    return [int(part) for part in parts]
+
+
+def _show_plan(answer: Answer, model: torch.nn.Module, recipe: lowbit.Recipe, example: Any) -> None:
+    """The resolved table: what the recipe says of each operation, before any work."""
+    from lowbit.graph.trace import Inputs
+    from lowbit.passes.place import resolve
+    from lowbit.ptq import float_graph
+
+    if example is None:
+        raise LowbitError("--data holds no batch; give at least one (100 samples or more are wise)")
+    graph, _ = float_graph(model, replace(recipe, equalize=False), Inputs.of(example))
+    header = ("layer", "operation", "weight", "activation", "why")
+    rows = [(d.name, d.op, _spec(d.weight), _spec(d.activation), d.why) for d in resolve(graph, recipe)]
+    answer.say(f"{text_table(header, rows)}\n")
+    answer.record["plan"] = [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def _spec(spec: lowbit.QuantSpec | None) -> str:
+    return "float" if spec is None else str(spec)
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    model: ModelOption,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.onnx", help="file to write")],
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as an ONNX file for ONNX Runtime and OpenVINO."""
+    with answering(as_json) as answer:
+        cli_inputs.writable(output, "-o")
+        q = lowbit.load(cli_inputs.existing(checkpoint, "CHECKPOINT"), cli_inputs.load_model(model))
+        lowbit.export.onnx(q, output)
+        size = output.stat().st_size
+        answer.say(f"{output}: {size:,} bytes")
+        answer.record |= {"file": str(output), "bytes": size}
+
+
+@app.command()
+def verify(
+    checkpoint: Checkpoint,
+    model: ModelOption,
+    onnx: Annotated[Path, typer.Option(metavar="FILE.onnx", help="the exported file")],
+    data: Data,
+    num_batches: NumBatches = None,
+    batch_size: BatchSize = None,
+    as_json: Json = False,
+) -> None:
+    """Run an exported file and compare it code by code with its model; exit code 1 when a code differs."""
+    with answering(as_json) as answer:
+        cli_inputs.existing(onnx, "--onnx")
+        q = lowbit.load(cli_inputs.existing(checkpoint, "CHECKPOINT"), cli_inputs.load_model(model))
+        batches = cli_inputs.load_data(data, batch_size, num_batches)
+        _check_fit(q, batches)
+        parity = lowbit.verify(q, onnx, batches, num_batches)
+        answer.say(parity)
+        answer.record |= {"exact": parity.exact, **asdict(parity)}
+    if not parity.exact:
+        raise typer.Exit(1)
+
+
+def _check_fit(q: lowbit.QuantizedModel, batches: Any) -> None:
+    """Whether the model takes the first batch: else the runtime's own words would reach the user."""
+    from lowbit.graph.trace import Inputs
+
+    try:
+        with torch.inference_mode():
+            Inputs.of(next(iter(batches), ())).call(q)
+    except LowbitError:
+        raise
+    except Exception as error:
+        raise LowbitError(
+            f"the model does not run on --data: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(metavar="A.onnx [B.onnx]...", help="one or more")],
+    runtime: Annotated[str, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
+    rounds: Annotated[int, typer.Option(min=1, help="timed runs of each file")] = 50,
+    input_shape: Shape = None,
+    as_json: Json = False,
+) -> None:
+    """Time files in turn on one thread; speed is the median ratio to the first file."""
+    from lowbit.bench import time_files, timing_table
+
+    with answering(as_json) as answer:
+        paths = [cli_inputs.existing(path, "file") for path in files]
+        shape = None if input_shape is None else _dims(input_shape)
+        timings = time_files(paths, runtime=runtime, rounds=rounds, shape=shape)
+        answer.say(timing_table(timings))
+        answer.say(f"{runtime}, one thread, {rounds} rounds in turn; speed against the first file")
+        answer.record |= {"runtime": runtime, "rounds": rounds, "files": [asdict(t) for t in timings]}
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a checkpoint, or any ONNX file")],
+    as_json: Json = False,
+) -> None:
+    """Bytes and bits of each layer, and the recipe."""
+    from lowbit.contents import contents
+
+    with answering(as_json) as answer:
+        found = contents(cli_inputs.existing(file, "file"))
+        answer.say(found)
+        if found.recipe is not None:
+            answer.say(f"recipe: {json.dumps(found.recipe)}")
+        answer.record |= asdict(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

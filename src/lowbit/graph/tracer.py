@@ -1,0 +1,250 @@
+"""The tracer: it evaluates what it records, so that a branch on a shape can be decided.
+
+Two batches of different sizes go through side by side. A decision that depends on the size of the batch, or on the
+data, is refused: recorded once, it would be wrong for the next call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute, TraceError
+
+from lowbit.graph.inputs import Note
+
+__all__ = ["Tracer", "describe"]
+
+# what a tensor tells of itself without looking at its numbers
+_SHAPES = frozenset(
+    ("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "dtype", "device", "layout", "type")
+    + ("is_cuda", "is_contiguous", "is_floating_point", "is_complex", "is_tensor", "requires_grad", "element_size")
+)
+_CREATORS = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
+_IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that also answers as the plain number it stands for, when that number is a size."""
+
+    tracer: Tracer
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+    def __index__(self) -> int:
+        return int(self.tracer.fixed(self, operator.index))
+
+    def __int__(self) -> int:
+        return int(self.tracer.fixed(self, int))
+
+    def __float__(self) -> float:
+        return float(self.tracer.fixed(self, float))
+
+    def __len__(self) -> int:
+        return int(self.tracer.fixed(self, len))
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, function: Callable[..., Any], other: Any) -> Any:
+        """fx records `x += y` as `x = x + y`, which other names of the same tensor would not see."""
+        if isinstance(self.tracer.values[self.node.name][0], Tensor):
+            return self.tracer.create_proxy("call_function", function, (self, other), {})
+        return _IN_PLACE[function](self, other)
+
+
+class _Attribute(_Proxy, Attribute):
+    """x.shape, x.device, x.flatten: recorded when it is used."""
+
+
+class Tracer(fx.Tracer):
+    """Traces and evaluates side by side: every node knows its value for each of the examples.
+
+    Args:
+        leaves: paths of submodules to call as they stand.
+        examples: arguments of `forward` by name; one mapping for each batch size.
+        defaults: arguments that the examples leave out; they are fixed.
+    """
+
+    def __init__(
+        self, leaves: frozenset[str], examples: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.examples = examples
+        self.defaults = defaults
+        self.values: dict[str, list[Any]] = {}
+        self.failed: str | None = None
+        self.evaluating = False
+        self.decisions: list[Note] = []
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _recorded_creators(self):
+            return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Parameters that the example leaves out are fixed at their defaults, so that `if mask is None` is decided."""
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, arg in enumerate(args):
+            if isinstance(arg, fx.Proxy) and arg.node.target in self.defaults:
+                args[i] = self.defaults[str(arg.node.target)]
+                self.graph.erase_node(arg.node)
+        return fn, args
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.evaluating:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta["scope"] = self.scope.module_path
+        if kind != "output":
+            self.evaluating = True
+            try:
+                self.values[node.name] = [self._evaluate(node, i) for i in range(len(self.examples))]
+            finally:
+                self.evaluating = False
+            node.meta["value"] = describe(self.values[node.name][0])
+        return node
+
+    def _evaluate(self, node: fx.Node, example: int) -> Any:
+        if node.op == "placeholder":
+            return self.examples[example].get(str(node.target))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n.name][example])
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.root)
+        # an in-place operation must not change the recorded value of its input
+        args, kwargs = _protect(node, args, kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return self.root.get_submodule(str(node.target))(*args, **kwargs)
+
+    def fixed(self, proxy: fx.Proxy, reading: Callable[[Any], Any]) -> Any:
+        """What a proxy stands for, as `reading` takes it, when every call of the model gives the same.
+
+        Raises:
+            TraceError: it depends on the data, or on the size of the batch.
+        """
+        values = self.values[proxy.node.name]
+        if reading is not len and (isinstance(values[0], Tensor) or self._looks_at_data(proxy.node)):
+            raise TraceError("the flow depends on the data")
+        read = [reading(value) for value in values]
+        if any(value != read[0] for value in read):
+            raise TraceError("the flow depends on the size of the batch")
+        if reading not in (bool, len):
+            self._decided(f"a size was fixed at {read[0]}, as for the example input")
+        return read[0]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        decision = bool(self.fixed(obj, bool))
+        self._decided(f"a branch on a shape was taken as {decision}, as for the example input")
+        return decision
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        value = self.values[obj.node.name][0]
+        if isinstance(value, (tuple, list, torch.Size)):
+            return iter([obj[i] for i in range(len(value))])
+        return super().iter(obj)
+
+    def _decided(self, text: str) -> None:
+        self.decisions.append(Note(self.scope.module_path, text))
+
+    def _looks_at_data(self, node: fx.Node) -> bool:
+        """Whether a plain value was read off the numbers of a tensor rather than off its shape."""
+        todo, done = [node], set[fx.Node]()
+        while todo:
+            at = todo.pop()
+            if at in done or isinstance(self.values[at.name][0], Tensor):
+                continue
+            done.add(at)
+            reads_tensor = any(isinstance(self.values[n.name][0], Tensor) for n in at.all_input_nodes)
+            if reads_tensor and _asks(at) not in _SHAPES:
+                return True
+            todo += at.all_input_nodes
+        return False
+
+
+def _asks(node: fx.Node) -> str:
+    """Name of the attribute, method or function that a node asks of its input."""
+    if node.op == "call_function" and node.target is getattr:
+        return str(node.args[1])
+    return str(getattr(node.target, "__name__", node.target))
+
+
+@contextlib.contextmanager
+def _recorded_creators(tracer: Tracer) -> Iterator[None]:
+    """torch.zeros(x.shape[0], 3) and its kin take no proxy; for the time of tracing they record themselves."""
+    originals = {name: getattr(torch, name) for name in _CREATORS}
+
+    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def create(*args: Any, **kwargs: Any) -> Any:
+            found: list[fx.Proxy] = []
+            fx.node.map_aggregate((args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else a)  # type: ignore[func-returns-value]
+            return tracer.create_proxy("call_function", function, args, kwargs) if found else function(*args, **kwargs)
+
+        return create
+
+    try:
+        for name, function in originals.items():
+            setattr(torch, name, recording(function))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
+
+
+def _protect(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv", "setitem")
+    if in_place or kwargs.get("inplace") or any(a is True for a in args) or node.op == "call_module":
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+    return args, kwargs
+
+
+def describe(value: Any) -> Any:
+    """What the graph remembers of a value: shape and dtype of a tensor, the value itself of a plain number."""
+    if isinstance(value, Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    if isinstance(value, (tuple, list)):
+        return type(value)(describe(v) for v in value) if type(value) in (tuple, list) else tuple(describe(v) for v in value)
+    if isinstance(value, dict):
+        return {k: describe(v) for k, v in value.items()}
+    return value
