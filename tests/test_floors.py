@@ -13,11 +13,13 @@ import lowbit
 SRC = Path(lowbit.__file__).parent
 # The longest prefix decides. "" is lowbit/__init__.py: the public names, which only the top floor may use.
 FLOORS = {
-    **dict.fromkeys(("core", "decompose", "demo", "errors", "kernels", "progress", "registry"), 0),
+    **dict.fromkeys(("core", "decompose", "demo", "errors", "kernels", "progress", "registry", "tables"), 0),
     **dict.fromkeys(("recipe", "nn", "graph"), 1),
     **dict.fromkeys(("passes", "cost", "coverage", "model"), 2),
-    **dict.fromkeys(("ptq", "qat", "search", "export", "verify", "compare", "advise", "report", "bench"), 3),
-    **dict.fromkeys(("", "cli", "cli_inputs", "cli_output", "demo.run"), 4),
+    **dict.fromkeys(
+        ("ptq", "qat", "search", "export", "verify", "compare", "advise", "report", "bench", "contents"), 3
+    ),
+    **dict.fromkeys(("", "cli", "cli_inputs", "demo.run"), 4),
 }
 FLOWS = ("ptq", "qat", "search")
 MODULES = {

@@ -1,8 +1,8 @@
 """The command line: `lowbit demo | quantize | export | verify | bench | inspect`.
 
 Thin: it reads names, calls the library, prints. Text or, with --json, one JSON object goes to stdout; progress
-and whatever a model prints go to stderr. The exit code is 0; 1 when `verify` finds codes that differ; 2, with one
-line `error: ...`, when the input is bad.
+and whatever a model prints go to stderr. The exit code is 0; 1 when `verify` finds codes that differ; 2, with
+one line `error: ...`, when the input is bad.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _batches(
     batch_size: int | None,
     num_batches: int | None,
 ) -> Any:
-    """Calibration data; without it one batch of zeros, which shows its shapes to a recipe for weights alone."""
+    """Calibration data; without it one batch of zeros, which shows shapes to a recipe for weights alone."""
     if data is not None:
         return cli_inputs.load_data(data, batch_size, num_batches)
     if recipe.quantizes_activations:

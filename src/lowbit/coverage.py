@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from lowbit.graph.match import batchnorms, rule_name, tail_of, tensor_inputs
+from lowbit.graph.match import batchnorms, path_name, quantizer_of, rule_name, tail_of, tensor_inputs
 from lowbit.graph.ops import INTEGER, is_tensor, kind_of, label, module_of
 from lowbit.graph.trace import Note
-from lowbit.nn.layers import BoundLayer, QLayer, quantized_layer
+from lowbit.nn.layers import BoundLayer, QLayer, obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
 from lowbit.recipe import Recipe
 
@@ -75,16 +75,19 @@ def _row(node: fx.Node, recipe: Recipe, folds: dict[fx.Node, str]) -> Row | None
     name, op = str(node.meta["name"]), label(node)
     if kind == "layer":
         return _layer_row(node, name, op)
+    output = _output(node)
     if kind in INTEGER:
-        if all(_quantized_by(n) for n in tensor_inputs(node)) and _output_quantizer(node):
-            return Row(name, op, "integer", inputs=_inputs(node), output=_output(node))
-        return Row(name, op, "float", why="no rule asks for its activations", cure=f"Rule(match='{rule_name(node)}', activation=UINT8)")
+        if _all_integer(node) and output != "float":
+            return Row(name, op, "integer", inputs=_inputs(node), output=output)
+        cure = f"Rule(match='{rule_name(node)}', activation=UINT8)"
+        return Row(name, op, "float", output=output, why="no rule asks for its activations", cure=cure)
     if kind == "clamp" and _fused(node):
-        return Row(name, op, "integer", output=_output(node), why=f"part of '{_producer(node)}'")
+        return Row(name, op, "integer", output=output, why=f"part of '{_producer(node)}'")
     if node in folds:
         why = folds[node] or "fold_bn is off in the recipe"
-        return Row(name, op, "float", output=_output(node), why=f"not folded: {why}", cure="put it right behind a layer of its own")
-    return Row(name, op, "float", output=_output(node), why=_why_float(node), cure=_cure(node))
+        cure = "put it right behind a layer of its own" if folds[node] else "fold_bn=True"
+        return Row(name, op, "float", output=output, why=f"not folded: {why}", cure=cure)
+    return Row(name, op, "float", output=output, why=_why_float(node), cure=_cure(node))
 
 
 def _computes(node: fx.Node) -> bool:
@@ -93,40 +96,39 @@ def _computes(node: fx.Node) -> bool:
 
 
 def _layer_row(node: fx.Node, name: str, op: str) -> Row:
-    layer = module_of(node)
+    layer, output, inputs = module_of(node), _output(node), _inputs(node)
     weight = str(layer.weight_quantizer.spec) if isinstance(layer, QLayer) else ""
-    cure = f"Rule(match='{rule_name(node)}', weight=INT8)"
+    match = f"match='{rule_name(node)}', weight=INT8"
+    if not weight:
+        cure = f"Rule({match})"
+        return Row(name, op, "float", "", inputs, output, "no rule asks for its weight", cure)
+    assert isinstance(layer, QLayer)
     if isinstance(layer, nn.Embedding):
-        status = "weight" if weight else "float"
-        return Row(name, op, status, weight, output=_output(node), why="a table lookup" if weight else "no rule asks for its weight")
-    inputs = _inputs(node)
-    if weight and inputs:
-        kernel = "" if not isinstance(layer, nn.ConvTranspose2d) else "ONNX Runtime has no integer kernel for it"
-        return Row(name, op, "integer", weight, inputs, _output(node), why=kernel)
-    if weight:
-        return Row(name, op, "weight", weight, output=_output(node), why="no rule asks for its activations")
-    return Row(name, op, "float", inputs=inputs, output=_output(node), why="no rule asks for its weight", cure=cure)
+        return Row(name, op, "weight", weight, output=output, why="a table lookup")
+    if not inputs:
+        cure = f"Rule({match}, activation=UINT8)"
+        return Row(name, op, "weight", weight, output=output, why="no rule asks for its activations", cure=cure)
+    if layer.weight_quantizer.spec.kind == "float" or not _all_integer(node):
+        return Row(name, op, "weight", weight, inputs, output, why="no integer kernel for fp16")
+    kernel = "ONNX Runtime has no integer kernel for it" if isinstance(layer, nn.ConvTranspose2d) else ""
+    return Row(name, op, "integer", weight, inputs, output, why=kernel)
 
 
-def _quantized_by(node: fx.Node) -> Quantizer | None:
-    while kind_of(node) == "pass" and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    if kind_of(node) != "quantizer":
-        return None
-    quantizer = module_of(node)
-    assert isinstance(quantizer, Quantizer)
-    return quantizer
+def _all_integer(node: fx.Node) -> bool:
+    """Whether every tensor that the operation reads is made of integer codes."""
+    sources = tensor_inputs(node)[: 1 if kind_of(node) == "layer" else None]
+    return all((q := quantizer_of(s)) is not None and q.spec.kind == "int" for s in sources)
 
 
 def _inputs(node: fx.Node) -> str:
     sources = tensor_inputs(node)[: 1 if kind_of(node) == "layer" else None]
-    found = [_quantized_by(s) for s in sources]
+    found = [quantizer_of(s) for s in sources]
     return ", ".join(dict.fromkeys(str(q.spec) for q in found if q)) if all(found) else ""
 
 
 def _output_quantizer(node: fx.Node) -> Quantizer | None:
     users = list(tail_of(node).users)
-    return _quantized_by(users[0]) if len(users) == 1 and kind_of(users[0]) == "quantizer" else None
+    return quantizer_of(users[0]) if len(users) == 1 and kind_of(users[0]) == "quantizer" else None
 
 
 def _output(node: fx.Node) -> str:
@@ -136,7 +138,8 @@ def _output(node: fx.Node) -> str:
 
 def _fused(node: fx.Node) -> bool:
     source = node.args[0]
-    return isinstance(source, fx.Node) and kind_of(source) in INTEGER and len(source.users) == 1 and _output_quantizer(node) is not None
+    direct = isinstance(source, fx.Node) and kind_of(source) in INTEGER and len(source.users) == 1
+    return direct and _output_quantizer(node) is not None
 
 
 def _producer(node: fx.Node) -> str:
@@ -145,49 +148,93 @@ def _producer(node: fx.Node) -> str:
     return str(source.meta["name"])
 
 
+_CURES = {
+    "the flow depends on the data": "replace the branch on data by torch.where",
+    "the flow depends on the size of the batch": "leave sizes to the input, as in x.new_zeros(x.shape[0], ...)",
+}
+
+
 def _why_float(node: fx.Node) -> str:
     if node.op == "call_module":
-        module = module_of(node)
-        if str(node.target) in node.graph.owning_module.meta["leaves"]:  # type: ignore[union-attr]
+        if _leaf_reason(node) is not None:
             return "cannot be traced; only the layers inside it are quantized"
-        if hasattr(module, "parametrizations"):
-            return "its weight is computed by a parametrization"
+        return _why_module(module_of(node)) if kind_of(node) == "float" else _why_clamp(node)
     if node.target in _WEIGHTED:
         return "its weight is computed, not a Parameter"
-    return "no integer kernel for it" if kind_of(node) == "float" else "its input is not quantized"
+    return _why_clamp(node) if kind_of(node) == "clamp" else "no integer kernel for it"
+
+
+def _why_clamp(node: fx.Node) -> str:
+    if not _all_integer(node):
+        return "its input is not quantized"
+    return "not fused: no layer or addition right before it that it alone reads"
+
+
+def _why_module(module: nn.Module) -> str:
+    if hasattr(module, "parametrizations"):
+        return "its weight is computed by a parametrization"
+    return (obstacle(module) if quantized_layer(type(module)) else "") or "no integer kernel for it"
 
 
 _WEIGHTED = {nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv_transpose2d}
 
 
+def _leaf_reason(node: fx.Node) -> str | None:
+    """Why a submodule could not be traced; None for other nodes."""
+    assert node.graph.owning_module is not None
+    leaves: dict[str, str] = node.graph.owning_module.meta["leaves"]  # type: ignore[assignment]
+    return leaves.get(str(node.target)) if node.op == "call_module" else None
+
+
 def _cure(node: fx.Node) -> str:
-    if node.op == "call_module" and hasattr(module_of(node), "parametrizations"):
-        return "torch.nn.utils.parametrize.remove_parametrizations before quantizing"
+    reason = _leaf_reason(node)
+    if reason is not None:
+        return _CURES.get(reason, "write it so that torch.fx can trace it")
     if node.target is nn.functional.scaled_dot_product_attention:
         return "write attention with matmul and softmax to quantize its products"
-    if node.op == "call_module" and isinstance(module_of(node), nn.MultiheadAttention):
+    return _cure_of(module_of(node)) if node.op == "call_module" else ""
+
+
+def _cure_of(module: nn.Module) -> str:
+    if hasattr(module, "parametrizations"):
+        return "torch.nn.utils.parametrize.remove_parametrizations before quantizing"
+    if quantized_layer(type(module)) and obstacle(module):
+        return "remove it before quantizing; torch.nn.utils.remove_weight_norm, for one"
+    if any(quantized_layer(type(m)) or isinstance(m, nn.MultiheadAttention) for m in module.modules()):
         return "write it with Linear layers and scaled_dot_product_attention"
-    if node.op == "call_module" and str(node.target) in node.graph.owning_module.meta["leaves"]:  # type: ignore[union-attr]
-        return "replace the branch on data by torch.where"
     return ""
 
 
 def _inside(gm: fx.GraphModule, leaf: str) -> list[Row]:
-    """Rows of the layers inside a submodule that could not be traced."""
+    """Rows of the modules inside a submodule that could not be traced."""
     rows: list[Row] = []
-    bound: set[str] = set()
+    done: set[str] = set()
+    place = "inside the model" if gm.meta["whole"] else f"inside '{leaf}'"
     for path, module in gm.get_submodule(leaf).named_modules(prefix=leaf):
-        name = path.removeprefix("model.") if leaf == "model" else path
-        if any(path.startswith(b + ".") for b in bound):
+        name = path_name(gm, path)
+        if any(path.startswith(f"{outer}.") for outer in done):
             continue
         if isinstance(module, BoundLayer):
-            bound.add(path)
-            weight = str(module.layer.weight_quantizer.spec) if isinstance(module.layer, QLayer) else ""
-            specs = [str(q.spec) if q is not None and q.mode != "off" else "" for q in (module.input_quantizer, module.output_quantizer)]
-            off = module.input_quantizer is not None and module.input_quantizer.mode == "off" and not specs[0]
-            why = "no calibration data reached it" if off else f"inside '{leaf}', which cannot be traced" if leaf != "model" else ""
-            status = "integer" if weight and specs[0] else "weight" if weight else "float"
-            rows.append(Row(name, type(module.layer).__name__.removeprefix("Q"), status, weight, *specs, why=why))
-        elif quantized_layer(type(module)):
-            rows.append(Row(name, type(module).__name__, "float", why="no rule asks for its weight"))
+            done.add(path)
+            rows.append(_bound_row(name, module, place))
+        elif type(module).__module__.startswith("torch.nn") and not isinstance(module, _CONTAINERS):
+            done.add(path)
+            asked = quantized_layer(type(module)) and not obstacle(module)
+            why = "no rule asks for its weight" if asked else f"{place}, which cannot be traced"
+            rows.append(Row(name, type(module).__name__, "float", why=why))
     return rows
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _bound_row(name: str, bound: BoundLayer, place: str) -> Row:
+    layer, quantizers = bound.layer, (bound.input_quantizer, bound.output_quantizer)
+    spec = layer.weight_quantizer.spec if isinstance(layer, QLayer) else None
+    specs = [str(q.spec) if q is not None and q.mode != "off" else "" for q in quantizers]
+    unreached = quantizers[0] is not None and quantizers[0].mode == "off"
+    why = "no calibration data reached it" if unreached else f"{place}, which cannot be traced"
+    integer = spec is not None and spec.kind == "int" and specs[0] not in ("", "fp16")
+    status = "integer" if integer else "float" if spec is None else "weight"
+    op = type(layer).__name__.removeprefix("Q")
+    return Row(name, op, status, str(spec or ""), specs[0], specs[1], why=why)

@@ -38,7 +38,7 @@ class QuantizedModel(nn.Module):
     Attributes:
         graph: the fx.GraphModule that runs.
         recipe: what was done, resolved: replaying it on the float model gives the same graph.
-        example: one call of the model, on zeros, with the shapes and dtypes that tracing saw.
+        example: one call of the model with the shapes and dtypes that tracing saw, and made-up numbers.
         steps: what each step of the flow changed.
     """
 
@@ -49,6 +49,7 @@ class QuantizedModel(nn.Module):
         self.example = example
         self.notes = notes
         self.steps: list[Step] = []
+        self.train(graph.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.graph(*args, **kwargs)

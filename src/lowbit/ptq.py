@@ -104,8 +104,7 @@ def calibrate(q: QuantizedModel, calibration: Any, *, num_batches: int | None = 
     Args:
         calibration: as for `quantize`.
     """
-    observers = {d.name: d.rule.weight_observer for d in q.graph.meta["decisions"] if d.rule}
-    calibrate_weights(q.graph, observers)
+    calibrate_weights(q.graph)
     unreached = calibrate_activations(q.graph, calibration, num_batches)
     q.notes += [Note(name, "no calibration data reached it; it stays in float") for name in unreached]
     return q
@@ -139,7 +138,7 @@ def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.G
 def assemble(gm: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note]) -> QuantizedModel:
     """Quantizers placed on what `float_graph` returned; nothing is calibrated."""
     gm.meta["decisions"] = place(gm, recipe)
-    return QuantizedModel(gm, recipe, _zeros(example), list(notes))
+    return QuantizedModel(gm, recipe, _stand_in(example, gm), list(notes))
 
 
 def _calibrated(
@@ -239,10 +238,12 @@ def _output_sqnr(reference: nn.Module, q: nn.Module, data: list[Inputs]) -> floa
     return sqnr_db(signal, noise)
 
 
-def _zeros(example: Inputs) -> Inputs:
-    """The shapes and dtypes of a call, without its data."""
-
-    def blank(value: Any) -> Any:
-        return torch.zeros(value[:2].shape if value.ndim else (), dtype=value.dtype) if isinstance(value, Tensor) else value
-
-    return Inputs(args=tuple(blank(a) for a in example.args), kwargs={k: blank(v) for k, v in example.kwargs.items()})
+def _stand_in(example: Inputs, gm: fx.GraphModule) -> Inputs:
+    """A call of the shapes that tracing saw, which holds none of the data."""
+    few = example.with_samples(2)
+    try:
+        with torch.no_grad():
+            few.call(gm)
+    except Exception:  # as in tracing: the first axis is not the batch
+        few = example
+    return few.made_up()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lowbit.core.observers import observers
-from lowbit.core.spec import FP16, INT4, INT8, UINT8, PerChannel, PerGroup, PerTensor, QuantSpec
+from lowbit.core.spec import FP16, INT4, INT8, UINT8, Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
 from lowbit.errors import LowbitError, near_miss
 
 __all__ = ["Recipe", "Rule", "Target", "preset", "presets"]
@@ -22,23 +22,32 @@ class Target(Protocol):
     """What a rule can match: a named operation of a model."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Dotted path."""
+        ...
+
     @property
-    def op(self) -> str: ...
+    def op(self) -> str:
+        """Class of the layer, or name of the function."""
+        ...
+
     @property
-    def roles(self) -> frozenset[str]: ...
+    def roles(self) -> frozenset[str]:
+        """Of "first" and "last", those it has."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """How to quantize the operations whose name matches."""
 
-    # glob on the dotted name; "re:..." a regular expression; "type:Conv2d" a class; "role:first", "role:last" the layers
-    # nearest the input and the output
+    # glob on the dotted name; "re:..." a regular expression; "type:Conv2d" a class; "role:first", "role:last"
+    # the layers nearest the input and the output
     match: str = "*"
     # spec of the weight; None leaves it in float
     weight: QuantSpec | None = None
-    # spec of the tensors the operation reads, and of what it writes where no reader says otherwise; None is float
+    # spec of the tensors the operation reads, and of what it writes where no reader says otherwise; None
+    # leaves them in float
     activation: QuantSpec | None = None
     # how the range of activations is chosen
     observer: str = "mse"
@@ -48,11 +57,14 @@ class Rule:
     reason: str = ""
 
     def __post_init__(self) -> None:
+        """Check every field."""
         observers.get(self.observer)
         if self.weight_observer not in ("mse", "minmax"):
             raise LowbitError(f"weight_observer='{self.weight_observer}' is unknown; use 'mse' or 'minmax'")
         if self.activation is not None and isinstance(self.activation.granularity, PerGroup):
-            raise LowbitError("activations have no fixed groups; use PerTensor or PerChannel for rule.activation")
+            raise LowbitError(
+                "activations have no fixed groups; use PerTensor or PerChannel for rule.activation"
+            )
         if self.match.startswith("re:"):
             try:
                 re.compile(self.match[3:])
@@ -60,6 +72,7 @@ class Rule:
                 raise LowbitError(f"match='{self.match}' is not a regular expression: {error}") from None
 
     def matches(self, target: Target) -> bool:
+        """Whether the rule is about that operation."""
         kind, _, pattern = self.match.partition(":")
         if kind == "re":
             return re.fullmatch(pattern, target.name) is not None
@@ -83,6 +96,7 @@ class Recipe:
     refine: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        """Check every field."""
         if not self.rules:
             raise LowbitError("a recipe without rules quantizes nothing; add Rule(match='*', ...)")
         for step in self.refine:
@@ -98,11 +112,13 @@ class Recipe:
         for rule in self.rules:
             if targets and not any(rule.matches(t) for t in targets):
                 names = [t.name for t in targets] + [f"type:{t.op}" for t in targets]
-                raise LowbitError(f"rule '{rule.match}' matches nothing in this model{near_miss(rule.match, names)}")
+                near = near_miss(rule.match, [*names, "role:first", "role:last"])
+                raise LowbitError(f"rule '{rule.match}' matches nothing in this model{near}")
         return {t.name: next((r for r in self.rules if r.matches(t)), None) for t in targets}
 
     @property
     def quantizes_activations(self) -> bool:
+        """Whether any rule asks for it."""
         return any(rule.activation is not None for rule in self.rules)
 
     def with_rule(self, rule: Rule) -> Recipe:
@@ -115,19 +131,19 @@ class Recipe:
         for rule in self.rules:
             data = {f.name: getattr(rule, f.name) for f in fields(rule) if getattr(rule, f.name) != f.default}
             rules.append({k: v.to_dict() if isinstance(v, QuantSpec) else v for k, v in data.items()})
-        return {"rules": rules, "fold_bn": self.fold_bn, "equalize": self.equalize, "refine": list(self.refine)}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rules"}
+        return {"rules": rules, **rest, "refine": list(self.refine)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
-        """Inverse of `to_dict`. Unknown keys are an error, with the nearest known one."""
-        _known(data, [f.name for f in fields(cls)], "recipe")
-        rules = []
-        for entry in data.get("rules") or ():
-            _known(entry, [f.name for f in fields(Rule)], "rule")
-            specs = {k: _spec(entry[k]) for k in ("weight", "activation") if entry.get(k) is not None}
-            rules.append(Rule(**{**entry, **specs}))
-        rest = {k: v for k, v in data.items() if k != "rules"}
-        return cls(rules=tuple(rules), **rest | {"refine": tuple(rest.get("refine", ()))})
+        """Inverse of `to_dict`; a spec may also be written as its name: int8, int4, uint8, fp16.
+
+        Raises:
+            LowbitError: an unknown key or a value that is not one of its kind.
+        """
+        _check_keys(data, cls)
+        lists = {key: tuple(_list(data, key)) for key in ("rules", "refine")}
+        return cls(**{**data, **lists, "rules": tuple(_rule(entry) for entry in lists["rules"])})
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -138,9 +154,10 @@ class Recipe:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise LowbitError(f"recipe '{path}' cannot be read: {str(error).splitlines()[0]}") from None
-        if not isinstance(data, dict):
-            raise LowbitError(f"recipe '{path}' is not a mapping; start it with 'rules:'")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except LowbitError as error:
+            raise LowbitError(f"recipe '{path}': {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write a YAML file that `load` reads."""
@@ -163,20 +180,36 @@ class Recipe:
 _SPECS = {"int8": INT8, "int4": INT4, "uint8": UINT8, "fp16": FP16}
 
 
+def _rule(data: Any) -> Rule:
+    _check_keys(data, Rule)
+    specs = {key: _spec(data[key]) for key in ("weight", "activation") if data.get(key) is not None}
+    return Rule(**{**data, **specs})
+
+
 def _spec(value: Any) -> QuantSpec:
     if isinstance(value, QuantSpec):
         return value
-    if isinstance(value, str):
-        if value not in _SPECS:
-            raise LowbitError(f"no spec is named '{value}'{near_miss(value, _SPECS)}")
-        return _SPECS[value]
-    return QuantSpec.from_dict(value)
+    if isinstance(value, dict):
+        return QuantSpec.from_dict(value)
+    if value not in _SPECS:
+        raise LowbitError(f"no spec is named '{value}'{near_miss(str(value), _SPECS)}")
+    return _SPECS[value]
 
 
-def _known(data: dict[str, Any], names: Sequence[str], what: str) -> None:
+def _list(data: dict[str, Any], key: str) -> list[Any] | tuple[Any, ...]:
+    value = data.get(key, ())
+    if not isinstance(value, (list, tuple)):
+        raise LowbitError(f"{key}: {value!r} is not a list; write each entry on a line that starts with '- '")
+    return value
+
+
+def _check_keys(data: Any, cls: type[Rule | Recipe]) -> None:
+    what, names = cls.__name__.lower(), [f.name for f in fields(cls)]
+    if not isinstance(data, dict):
+        raise LowbitError(f"{data!r} is not a {what}; write it as a mapping of {', '.join(names)}")
     for key in data:
         if key not in names:
-            raise LowbitError(f"a {what} has no field '{key}'{near_miss(key, names)}")
+            raise LowbitError(f"a {what} has no field '{key}'{near_miss(str(key), names)}")
 
 
 _EDGES = "the first and the last layer keep 8 bits"
@@ -195,19 +228,28 @@ def preset(
     Args:
         observer: how ranges of activations are chosen; see `lowbit.observers`.
         weight_granularity: one scale per output channel, per tensor, or per group of that many inputs.
+
+    Raises:
+        LowbitError: no such preset, observer or granularity.
     """
     if name not in presets():
         raise LowbitError(f"no preset is named '{name}'{near_miss(name, presets())}")
     if name == "fp16":
         return Recipe(rules=(Rule(weight=FP16),))
-    where = PerGroup(1, weight_granularity) if isinstance(weight_granularity, int) else None
-    where = where or (PerTensor() if weight_granularity == "tensor" else PerChannel(0))
+    where = _granularity(weight_granularity)
     activation = UINT8 if name.endswith("a8") else None
     wide = Rule(weight=replace(INT8, granularity=where), activation=activation, observer=observer)
     if name.startswith("w8"):
         return Recipe(rules=(wide,), equalize=where == PerTensor(), refine=("affine_correct",))
     edge = replace(wide, weight=INT8, reason=_EDGES)
     edges = tuple(replace(edge, match=f"role:{role}") for role in ("first", "last"))
-    return Recipe(
-        rules=(*edges, replace(wide, weight=replace(INT4, granularity=where))), equalize=True, refine=("affine_correct",)
-    )
+    narrow = replace(wide, weight=replace(INT4, granularity=where))
+    return Recipe(rules=(*edges, narrow), equalize=True, refine=("affine_correct",))
+
+
+def _granularity(where: str | int) -> Granularity:
+    if isinstance(where, int):
+        return PerGroup(1, where)
+    if where not in ("channel", "tensor"):
+        raise LowbitError(f"weight_granularity='{where}' is unknown; use 'channel', 'tensor' or a group size")
+    return PerTensor() if where == "tensor" else PerChannel(0)

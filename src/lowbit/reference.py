@@ -245,13 +245,14 @@ def _window(node: fx.Node) -> Window | None:
         size, out = node.args[0].meta["value"].shape[2:], node.meta["value"].shape[2:]  # type: ignore[union-attr]
         if any(s % o for s, o in zip(size, out, strict=True)):
             return None
-        kernel = (size[0] // out[0], size[1] // out[1])
+        kernel = size[0] // out[0], size[1] // out[1]
         return kernel, kernel, (0, 0), True
     if node.op == "call_module":
         pool = module_of(node)
         given = {k: getattr(pool, k) for k in _POOL}
     else:
         given = dict(zip(_POOL, node.args[1:], strict=False)) | node.kwargs
+        given = fx.node.map_arg(given, lambda n: n.meta["value"])
     kernel = _both(given["kernel_size"])
     if given.get("ceil_mode") or given.get("divisor_override"):
         return None

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import FP16, INT4, INT8, UINT8, LowbitError, PerGroup, PerTensor, QuantSpec, Recipe, Rule
+from lowbit import FP16, INT4, INT8, UINT8, LowbitError, PerGroup, PerTensor, QuantSpec, Recipe, Rule, sealed
 from lowbit.core.qtensor import QTensor
 from lowbit.export import checkpoint
 from lowbit.export.checkpoint import load, save
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 class Sequence(nn.Module):
-    """An embedding, a norm that stays in float, a weight used by hand, a constant; keyword input, dict output."""
+    """An embedding, a norm that stays in float, a weight used by hand, a constant; dicts in and out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,9 @@ GROUPED = Recipe(
 RECIPES: dict[str, Any] = {"grouped": GROUPED} | {name: name for name in ("w8a8", "w4a8", "w8", "w4", "fp16")}
 
 
-def quantized(build: Callable[[], nn.Module] = Residual, data: Any = None, recipe: Any = "w8a8") -> lowbit.QuantizedModel:
+def quantized(
+    build: Callable[[], nn.Module] = Residual, data: Any = None, recipe: Any = "w8a8"
+) -> lowbit.QuantizedModel:
     """A frozen model; its weights come from seed 0."""
     torch.manual_seed(0)
     return lowbit.quantize(build().eval(), recipe, calibration=[images() if data is None else data])
@@ -125,7 +127,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small file to damage."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    return save(lowbit.quantize(model, "w4a8", [features()]), tmp_path_factory.mktemp("saved") / "model.safetensors")
+    return save(
+        lowbit.quantize(model, "w4a8", [features()]), tmp_path_factory.mktemp("saved") / "model.safetensors"
+    )
 
 
 def small() -> nn.Module:
@@ -152,7 +156,9 @@ def test_loaded_outputs_are_bit_equal(network: str, recipe: str, tmp_path: Path)
 
 SPECS = {
     **{f"int{bits}": QuantSpec(bits=bits) for bits in range(2, 17)},
-    **{f"uint{bits}+zp": QuantSpec(bits=bits, signed=False, symmetric=False) for bits in (1, 3, 8, 9, 15, 16)},
+    **{
+        f"uint{bits}+zp": QuantSpec(bits=bits, signed=False, symmetric=False) for bits in (1, 3, 8, 9, 15, 16)
+    },
     "int3+zp": QuantSpec(bits=3, symmetric=False),
     "int5/pow2": QuantSpec(bits=5, scale="pow2"),
     "int4/narrow": QuantSpec(bits=4, narrow=True),
@@ -244,6 +250,41 @@ def test_a_quantizer_that_saw_no_data_stays_off(tmp_path: Path) -> None:
     assert torch.equal(r(features()), q(features()))
 
 
+class Viewed(nn.Module):
+    """A view written in place: zeros would not show that its graph computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, :2].mul_(3)
+        return self.a(y)
+
+
+class Unbatched(nn.Module):
+    """Its first axis is not the batch, and its second input is a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.a(x.t()) @ table
+
+
+@pytest.mark.parametrize(
+    ("build", "data"),
+    [(Viewed, features()), (Unbatched, (features(), torch.ones(3, 5)))],
+    ids=["view written in place", "first axis is no batch"],
+)
+def test_replaying_needs_none_of_the_data(build: Callable[[], nn.Module], data: Any, tmp_path: Path) -> None:
+    q = quantized(build, (data,))
+    inputs = data if isinstance(data, tuple) else (data,)
+    assert torch.equal(load(save(q, tmp_path / "m"), build())(*inputs), q(*inputs))
+
+
 class Shuffled(Residual):
     """`Residual` without one addition."""
 
@@ -255,10 +296,22 @@ class Shuffled(Residual):
 
 
 DIFFERENT = {
-    "width": (lambda: Residual(12), r"out_channels of 'stem' \(Conv2d\) is 8 in the file and 12 in this model"),
-    "stride": (lambda: Residual(stride=2), r"stride of 'stem' \(Conv2d\) is \(1, 1\) in the file and \(2, 2\)"),
-    "padding": (lambda: Residual(mode="reflect"), r"padding_mode of 'stem' .* is 'zeros' in the file and 'reflect'"),
-    "head": (lambda: Residual(head=6), r"out_features of 'fc' \(Linear\) is 5 in the file and 6 in this model"),
+    "width": (
+        lambda: Residual(12),
+        r"out_channels of 'stem' \(Conv2d\) is 8 in the file and 12 in this model",
+    ),
+    "stride": (
+        lambda: Residual(stride=2),
+        r"stride of 'stem' \(Conv2d\) is \(1, 1\) in the file and \(2, 2\)",
+    ),
+    "padding": (
+        lambda: Residual(mode="reflect"),
+        r"padding_mode of 'stem' .* is 'zeros' in the file and 'reflect'",
+    ),
+    "head": (
+        lambda: Residual(head=6),
+        r"out_features of 'fc' \(Linear\) is 5 in the file and 6 in this model",
+    ),
     "operation": (Shuffled, r"where the file has 'add' \(add\) this model has 'relu#2' \(relu\)"),
     "input": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3)), r"another architecture"),
     "kind": (Branch, r"another architecture"),
@@ -266,14 +319,18 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize(("build", "message"), DIFFERENT.values(), ids=DIFFERENT.keys())
-def test_another_architecture_is_refused(build: Callable[[], nn.Module], message: str, tmp_path: Path) -> None:
+def test_another_architecture_is_refused(
+    build: Callable[[], nn.Module], message: str, tmp_path: Path
+) -> None:
     path = save(quantized(), tmp_path / "m.safetensors")
     with pytest.raises(LowbitError, match=message):
         load(path, build())
 
 
 def test_a_model_that_does_not_run_names_the_layer(saved: Path) -> None:
-    with pytest.raises(LowbitError, match=r"in_features of '0' \(Linear\) is 4 in the file and 5 in this model"):
+    with pytest.raises(
+        LowbitError, match=r"in_features of '0' \(Linear\) is 4 in the file and 5 in this model"
+    ):
         load(saved, nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)))
 
 
@@ -283,7 +340,9 @@ def test_a_missing_or_additional_layer_is_named(layers: int, tmp_path: Path) -> 
         return nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
 
     path = save(quantized(lambda: chain(4), features(), "w8a8"), tmp_path / "m")
-    with pytest.raises(LowbitError, match=f"'{min(layers, 4)}' \\(Linear\\)|reads of 'output'|where the file has"):
+    with pytest.raises(
+        LowbitError, match=f"'{min(layers, 4)}' \\(Linear\\)|reads of 'output'|where the file has"
+    ):
         load(path, chain(layers))
 
 
@@ -308,7 +367,7 @@ def test_every_flipped_byte_is_noticed(saved: Path, tmp_path: Path) -> None:
 def test_a_truncated_file_is_refused(saved: Path, tmp_path: Path, share: float) -> None:
     whole = saved.read_bytes()
     (tmp_path / "cut").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(LowbitError, match="'.*cut' is .*cut off"):
+    with pytest.raises(LowbitError, match=r"cut' is .*cut off"):
         load(tmp_path / "cut", small())
 
 
@@ -330,7 +389,7 @@ def test_random_bytes_are_refused(data: bytes, tmp_path: Path) -> None:
 def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
     for name, metadata in (("plain", None), ("pt", {"format": "pt"}), ("odd", {"lowbit": "[]"})):
         save_file({"weight": torch.zeros(3)}, tmp_path / name, metadata)
-        with pytest.raises(LowbitError, match="but not of a quantized model"):
+        with pytest.raises(LowbitError, match="but not one of lowbit's"):
             load(tmp_path / name, small())
 
 
@@ -355,8 +414,14 @@ FORGED = {
     "missing codes": (lambda tensors: tensors.pop("0.weight_codes"), "'0.weight_codes' is missing"),
     "missing bias": (lambda tensors: tensors.pop("2.bias"), "'2.bias' is missing"),
     "more tensors": (lambda tensors: tensors.update(extra=torch.zeros(2)), "no place for tensor 'extra'"),
-    "other shape": (lambda tensors: tensors.update({"2.bias": torch.zeros(4)}), r"'2.bias' is \[4\] in the file"),
-    "short codes": (lambda tensors: tensors.update({"0.weight_codes": torch.zeros(3, dtype=torch.uint8)}), "3 bytes"),
+    "other shape": (
+        lambda tensors: tensors.update({"2.bias": torch.zeros(4)}),
+        r"'2.bias' is \[4\] in the file",
+    ),
+    "short codes": (
+        lambda tensors: tensors.update({"0.weight_codes": torch.zeros(3, dtype=torch.uint8)}),
+        "3 bytes",
+    ),
 }
 
 
@@ -365,13 +430,13 @@ def test_tensors_must_fit_exactly(
     change: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A writer gone wrong, with a checksum that holds."""
-    write = checkpoint.serialize_tensors
+    write = sealed.serialize_tensors
 
     def wrong(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
         change(tensors)
         return write(tensors, metadata)
 
-    monkeypatch.setattr(checkpoint, "serialize_tensors", wrong)
+    monkeypatch.setattr(sealed, "serialize_tensors", wrong)
     path = save(quantized(small, features()), tmp_path / "m")
     with pytest.raises(LowbitError, match=message):
         load(path, small())
@@ -387,7 +452,9 @@ def test_metadata_is_plain_json_with_the_recipe(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["write_bytes", "replace"])
-def test_a_failed_save_leaves_the_old_file(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"old")
     q = quantized(small, features())
@@ -422,7 +489,9 @@ def test_codes_in_the_file_are_those_of_the_formula(tmp_path: Path) -> None:
     """The oracle: codes unpacked by hand from the raw bytes."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 3)
-    recipe = Recipe(rules=(Rule(weight=QuantSpec(bits=3, granularity=PerTensor()), weight_observer="minmax"),))
+    recipe = Recipe(
+        rules=(Rule(weight=QuantSpec(bits=3, granularity=PerTensor()), weight_observer="minmax"),)
+    )
     want = QTensor.quantize(layer.weight.detach(), QuantSpec(bits=3)).codes.flatten().tolist()
     q = lowbit.quantize(nn.Sequential(layer), recipe, example_inputs=torch.randn(2, 5))
     stream = load_file(save(q, tmp_path / "m.safetensors"))["0.weight_codes"].tolist()

@@ -43,8 +43,8 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
     """Scale and zero point that cover the range [lo, hi].
 
     Zero is always representable, exactly: the range is widened to hold it. A range of zero width (an all-zero
-    or empty tensor) gets scale 1. The end of an asymmetric range may move by half a step, for its zero point is
-    rounded.
+    or empty tensor) gets scale 1. The end of an asymmetric range may move by half a step, for its zero point
+    is rounded.
 
     Args:
         lo, hi: ends of the range, in the shape of the scale.
@@ -82,8 +82,8 @@ def _check_range(lo: Tensor, hi: Tensor) -> None:
     if not fits.all():
         low, high = (end[~fits][0].item() for end in (lo, hi))
         raise LowbitError(
-            f"[{low:g}, {high:g}] is no range to quantize; its ends must be finite, in order and within 2^126, "
-            "so look for the layer that diverges, or rescale its input"
+            f"[{low:g}, {high:g}] is no range to quantize: its ends must be finite, in order, within 2^126; "
+            "look for the layer that diverges, or rescale its input"
         )
 
 

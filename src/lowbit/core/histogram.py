@@ -1,9 +1,10 @@
 """A histogram that needs no range: its bins are those of the floating point format itself.
 
-A bin holds the numbers that share sign, exponent and the leading `MANTISSA` bits, so it is at most 1/128 of its
-values wide. `OCTAVES` powers of two below the largest magnitude seen are kept apart; what is smaller shares the bin
-of zero. When a larger value arrives the window of octaves moves up and the lowest bins fold into the bin of zero:
-nothing is ever clipped, and the result depends neither on the order nor on the batching of what was counted.
+A bin holds the numbers that share sign, exponent and the leading `MANTISSA` bits, so it is at most 1/128 of
+its values wide. `OCTAVES` powers of two below the largest magnitude seen are kept apart; what is smaller
+shares the bin of zero. When a larger value arrives the window of octaves moves up and the lowest bins fold
+into the bin of zero: nothing is ever clipped, and the result depends neither on the order nor on the batching
+of what was counted.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ HALF = OCTAVES << MANTISSA  # bins of one sign
 class FloatHistogram:
     """Counts per row over bins in ascending order of value: negative bins, the bin of zero, positive bins.
 
-    Invariant: `counts` has shape [rows, 2 * HALF + 1]; the positive bin k (from 0) holds the magnitudes whose upper
-    16 bits are `base + k`, the bin of zero those below; `base + HALF` is one past the octave of the largest magnitude
-    seen, or more where that is too small to matter.
+    Invariant: `counts` has shape [rows, 2 * HALF + 1]; the positive bin k (from 0) holds the magnitudes whose
+    upper 16 bits are `base + k`, the bin of zero those below; `base + HALF` is one past the octave of the
+    largest magnitude seen, or more where that is too small to matter.
     """
 
     def __init__(self, rows: int, device: torch.device | str = "cpu") -> None:
@@ -34,7 +35,7 @@ class FloatHistogram:
         self.base = 1  # zero itself lies below every base
 
     def add(self, x: Tensor, amax: float) -> None:
-        """Count the rows of a finite float32 tensor of shape [rows, n > 0]; `amax` is its largest magnitude."""
+        """Count the rows of a finite float32 tensor [rows, n > 0]; `amax` is its largest magnitude."""
         octave = int(torch.tensor(amax, dtype=torch.float32).view(torch.int32)) >> 23
         self._move(((octave + 1) << MANTISSA) - HALF)
         upper = x.contiguous().view(torch.int16)[:, 1::2]  # the upper halves, on a little-endian machine

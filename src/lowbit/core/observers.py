@@ -1,7 +1,7 @@
 """Running statistics of one tensor, in constant memory, and the range each makes of them.
 
-An observer never keeps a tensor it has seen. Merging two observers gives what one would have given over the first's
-data and then the second's: exactly, bit for bit.
+An observer never keeps a tensor it has seen. Merging two observers gives what one would have given over the
+first's data and then the second's: exactly, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,22 @@ from lowbit.core.spec import PerGroup, QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.registry import Registry
 
-__all__ = ["KL", "MSE", "AdaptivePercentile", "MinMax", "MovingAverage", "Observer", "Percentile", "observers"]
+__all__ = [
+    "KL",
+    "MSE",
+    "AdaptivePercentile",
+    "MinMax",
+    "MovingAverage",
+    "Observer",
+    "Percentile",
+    "observers",
+]
 
 observers: Registry[type[Observer]] = Registry("observer")
 
 
 class Observer:
-    """Smallest and largest value seen, per tensor or per channel as the spec asks; the base of all observers."""
+    """Smallest and largest value seen, per tensor or per channel as the spec asks; the base of the others."""
 
     def __init__(self, spec: QuantSpec) -> None:
         """Start with nothing seen.
@@ -31,7 +40,9 @@ class Observer:
             LowbitError: the granularity is PerGroup.
         """
         if isinstance(spec.granularity, PerGroup):
-            raise LowbitError("a streamed tensor has no fixed groups; use PerTensor or PerChannel for activations")
+            raise LowbitError(
+                "a streamed tensor has no fixed groups; use PerTensor or PerChannel for activations"
+            )
         self.spec = spec
         self.batches = 0
         # ends of what was seen, [channels]
@@ -44,7 +55,7 @@ class Observer:
         """Take in one batch, a float tensor; an empty one changes nothing.
 
         Raises:
-            LowbitError: NaN, infinity, an axis that does not exist, or another number of channels than before.
+            LowbitError: NaN, infinity, a missing axis, or another number of channels than before.
         """
         if x.numel() == 0:
             return
@@ -55,7 +66,9 @@ class Observer:
         if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
             check_finite(rows, "a calibration tensor")
         if self.batches and lo.shape != self.lo.shape:
-            raise LowbitError(f"a tensor with {len(lo)} channels follows one with {len(self.lo)}; they must agree")
+            raise LowbitError(
+                f"a tensor with {len(lo)} channels follows one with {len(self.lo)}; they must agree"
+            )
         self._take(rows, lo, hi)
         self._widen(lo, hi)
         self.shape = shape
@@ -85,7 +98,9 @@ class Observer:
             LowbitError: nothing was observed.
         """
         if not self.batches:
-            raise LowbitError("nothing was observed, so there is no range; run calibration data through the model")
+            raise LowbitError(
+                "nothing was observed, so there is no range; run calibration data through the model"
+            )
         lo, hi = self._ends()
         return lo.float().reshape(self.shape), hi.float().reshape(self.shape)
 
@@ -110,11 +125,11 @@ class MinMax(Observer):
 
 @observers.register("moving_average")
 class MovingAverage(Observer):
-    """Exponential moving average of each batch's ends, momentum 0.1, corrected for its start (Adam's correction).
+    """Exponential moving average of each batch's ends, momentum 0.1, corrected for its start as Adam's are.
 
-    range_t = S_t / (1 - (1 - m)^t) with S_t = (1 - m) S_{t-1} + m x_t and S_0 = 0: the mean of the x_i with weights
-    (1 - m)^(t - i). The ends of the last `horizon` batches are kept instead of S, for a sum would not merge exactly;
-    what came before weighs less than 1e-9 of the mean.
+    range_t = S_t / (1 - (1 - m)^t) with S_t = (1 - m) S_{t-1} + m x_t and S_0 = 0: the mean of the x_i with
+    weights (1 - m)^(t - i). The ends of the last `horizon` batches are kept instead of S, for a sum would not
+    merge exactly; what came before weighs less than 1e-9 of the mean.
     """
 
     momentum = 0.1
@@ -171,7 +186,7 @@ class HistogramObserver(Observer):
         return lo.to(self.lo.device), hi.to(self.hi.device)
 
     def _choose(self, counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Ends of the range for counts [bins] between edges [bins + 1] of values from lo to hi, all float64."""
+        """Ends of the range, float64, for counts [bins] between edges [bins + 1] of values from lo to hi."""
         raise NotImplementedError
 
 
@@ -197,7 +212,7 @@ class AdaptivePercentile(HistogramObserver):
 
 @observers.register("kl")
 class KL(HistogramObserver):
-    """The threshold of least Kullback-Leibler divergence between values before and after (Migacz, GTC 2017)."""
+    """The threshold of least Kullback-Leibler divergence of values before and after (Migacz, GTC 2017)."""
 
     def _choose(self, counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         return ranges.kl_range(counts, edges, self.spec)

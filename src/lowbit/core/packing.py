@@ -1,10 +1,12 @@
 """Codes of 1 to 8 bits as a stream of bits: 3-bit codes take 3 bits on disk.
 
-Code i occupies the bits [i * bits, (i + 1) * bits) of the stream, least significant bit first; the last byte is
-padded with zeros. Signed codes are stored in two's complement.
+Code i occupies the bits [i * bits, (i + 1) * bits) of the stream, least significant bit first; the last byte
+is padded with zeros. Signed codes are stored in two's complement.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from lowbit.errors import LowbitError
 
 __all__ = ["pack", "unpack"]
 
-_CHUNK = 1 << 20  # codes handled at a time, a multiple of 8; bounds the memory of the 64-bit words
+_CHUNK = 1 << 20  # codes handled at a time, a multiple of 8; bounds the memory of their single bits
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -23,25 +25,23 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises:
         LowbitError: the width is not 1..8, or a code does not fit it.
     """
-    _check(bits)
+    _check_width(bits)
     if codes.dtype not in (torch.int8, torch.uint8):
         raise LowbitError(f"codes are {codes.dtype}; packing takes int8 or uint8")
-    flat = codes.detach().cpu().contiguous().reshape(-1)
-    if flat.numel():
-        lo, hi = (int(v) for v in torch.aminmax(flat))
-        limit = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if codes.dtype == torch.int8 else (0, (1 << bits) - 1)
-        if lo < limit[0] or hi > limit[1]:
-            raise LowbitError(f"codes from {lo} to {hi} do not fit {bits} bits, which hold {limit[0]} to {limit[1]}")
-    values = flat.numpy().view(np.uint8) & np.uint8((1 << bits) - 1)
-    shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    out = np.empty(-(-values.size // 8) * bits, dtype=np.uint8)
-    for start in range(0, values.size, _CHUNK):
-        part = values[start : start + _CHUNK].astype(np.uint64)
-        part = np.concatenate([part, np.zeros(-part.size % 8, np.uint64)]).reshape(-1, 8)
-        words = np.bitwise_or.reduce(part << shifts, axis=1).astype("<u8")
-        at = start // 8 * bits
-        out[at : at + words.size * bits] = words.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
-    return torch.from_numpy(out[: -(-values.size * bits // 8)].copy())
+    flat = codes.detach().cpu().reshape(-1).numpy()
+    lowest = -(1 << bits >> 1) if codes.dtype == torch.int8 else 0
+    highest = lowest + (1 << bits) - 1
+    if flat.size and not lowest <= flat.min() <= flat.max() <= highest:
+        raise LowbitError(
+            f"codes from {flat.min()} to {flat.max()} do not fit {bits} bits, which hold {lowest}..{highest}"
+        )
+    stream = np.empty(math.ceil(flat.size * bits / 8), np.uint8)
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK, None].view(np.uint8)
+        single = np.unpackbits(part, axis=1, count=bits, bitorder="little")
+        packed = np.packbits(single.reshape(-1), bitorder="little")
+        stream[start * bits // 8 :][: packed.size] = packed
+    return torch.from_numpy(stream)
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -> Tensor:
@@ -50,33 +50,28 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
     Raises:
         LowbitError: the stream is not exactly as long as the shape asks.
     """
-    _check(bits)
-    count = int(np.prod(shape, dtype=np.int64))
-    need = -(-count * bits // 8)
+    _check_width(bits)
+    count = math.prod(shape)
+    need = math.ceil(count * bits / 8)
     if packed.dtype != torch.uint8 or packed.numel() != need:
         raise LowbitError(
             f"{packed.numel()} bytes of {packed.dtype} cannot hold {count} codes of {bits} bits; "
             f"{need} bytes of torch.uint8 are needed"
         )
-    stream = packed.cpu().contiguous().reshape(-1).numpy()
-    shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    out = np.empty(count, dtype=np.uint8)
+    stream = packed.detach().cpu().reshape(-1).numpy()
+    codes = np.empty(count, np.uint8)
     for start in range(0, count, _CHUNK):
         n = min(_CHUNK, count - start)
-        rows = -(-n // 8)
-        words = np.zeros((rows, 8), np.uint8)
-        part = stream[start // 8 * bits : start // 8 * bits + rows * bits]
-        padded = np.zeros(rows * bits, np.uint8)
-        padded[: part.size] = part
-        words[:, :bits] = padded.reshape(rows, bits)
-        values = (words.view("<u8") >> shifts) & np.uint64((1 << bits) - 1)
-        out[start : start + n] = values.reshape(-1)[:n]
+        part = stream[start * bits // 8 :][: math.ceil(n * bits / 8)]
+        single = np.zeros((n, 8), np.uint8)
+        single[:, :bits] = np.unpackbits(part, count=n * bits, bitorder="little").reshape(n, bits)
+        codes[start : start + n] = np.packbits(single.reshape(-1), bitorder="little")
     if signed:
         sign = np.uint8(1 << (bits - 1))
-        return torch.from_numpy(((out ^ sign) - sign).view(np.int8)).reshape(shape)
-    return torch.from_numpy(out).reshape(shape)
+        return torch.from_numpy(((codes ^ sign) - sign).view(np.int8)).reshape(shape)
+    return torch.from_numpy(codes).reshape(shape)
 
 
-def _check(bits: int) -> None:
+def _check_width(bits: int) -> None:
     if not 1 <= bits <= 8:
         raise LowbitError(f"packing takes 1 to 8 bits, not {bits}; wider codes are stored as whole bytes")

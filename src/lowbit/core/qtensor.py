@@ -33,13 +33,15 @@ class QTensor:
         for what, tensor in (("scale", self.scale), ("zero point", self.zero_point)):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise LowbitError(
-                    f"{what} of shape {list(tensor.shape)} does not fit codes of shape {list(self.codes.shape)}; "
-                    f"{self.spec} asks for {list(shape)}"
+                    f"{what} of shape {list(tensor.shape)} does not fit codes of shape "
+                    f"{list(self.codes.shape)}; {self.spec} asks for {list(shape)}"
                 )
         if self.codes.dtype != self.spec.dtype:
             raise LowbitError(f"codes are {self.codes.dtype}; {self.spec} asks for {self.spec.dtype}")
         if (self.zero_point is None) != (self.spec.symmetric or self.spec.kind == "float"):
-            raise LowbitError(f"a zero point goes with an asymmetric spec and only there; the spec is {self.spec}")
+            raise LowbitError(
+                f"a zero point goes with an asymmetric spec and only there; the spec is {self.spec}"
+            )
 
     @classmethod
     def quantize(cls, x: Tensor, spec: QuantSpec, range: tuple[Tensor, Tensor] | None = None) -> QTensor:
@@ -66,7 +68,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes, packed where a code has 8 bits at most, of the scales and of the zero points."""
+        """Bytes of the codes, packed up to 8 bits and in whole bytes above, the scales and zero points."""
         width = self.spec.bits if self.spec.bits <= 8 else 8 * self.codes.element_size()
         codes = math.ceil(self.codes.numel() * width / 8)
         scale = 0 if self.spec.kind == "float" else 4 * self.scale.numel()
@@ -87,12 +89,14 @@ class QuantizationError:
     mse: float
     # 10 log10(mean x^2 / mean (x - q)^2)
     sqnr_db: float
-    # mean of scale^2 / 12: the error of rounding when x is spread evenly over each step (Widrow 1956); for fp16 the
-    # step is the spacing of the half-precision numbers at x
+    # mean of scale^2 / 12: the error of rounding when x is spread evenly over each step (Widrow 1956); for
+    # fp16 the step is the spacing of the half-precision numbers at x
     theoretical_mse: float
 
 
-def quantization_error(x: Tensor, spec: QuantSpec, range: tuple[Tensor, Tensor] | None = None) -> QuantizationError:
+def quantization_error(
+    x: Tensor, spec: QuantSpec, range: tuple[Tensor, Tensor] | None = None
+) -> QuantizationError:
     """Quantize `x` under `spec` and measure the damage.
 
     Args:

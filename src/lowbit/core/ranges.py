@@ -1,6 +1,7 @@
 """Choosing the range to represent: what lies outside is clipped, what lies inside is rounded.
 
-Each function takes what is known of a tensor (its histogram, or the values themselves) and returns the ends lo and hi.
+Each function takes what is known of a tensor (its histogram, or the values themselves) and returns the ends
+lo and hi.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ KL_CANDIDATES = 256
 def least_error_range(error: ErrorOfRange, lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The sub-range of [lo, hi] of least error, for each scale by itself.
 
-    The ends shrink together over a geometric grid and then a finer one; where both ends count (an asymmetric spec
-    over a signed tensor) each end is then searched alone, the other held.
+    The ends shrink together over a geometric grid and then a finer one; where both ends count (an asymmetric
+    spec over a signed tensor) each end is then searched alone, the other held.
     """
     lo, hi = lo.double().clamp(max=0.0), hi.double().clamp(min=0.0)
     low = high = _least(lambda s: error(lo * torch.exp2(s), hi * torch.exp2(s)), torch.zeros_like(hi))
@@ -45,19 +46,22 @@ def least_error_range(error: ErrorOfRange, lo: Tensor, hi: Tensor, spec: QuantSp
 
 
 def _least(error: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """The log2 of the shrinking factor, at most 0, of least error; `start` is the first one tried."""
+    """The log2 of the shrinking factor, from -12 to 0, of least error; `start` is the first one tried."""
     best, least = start, error(start)
 
-    def attempt(step: Tensor) -> None:
+    def attempt(step: Tensor) -> Tensor:
         nonlocal best, least
         new = error(step)
         better = new < least
         best, least = torch.where(better, step, best), torch.where(better, new, least)
+        return new
 
-    k = 0
-    while bool((best < 1 - k / 8).any()):  # on, while the best of some scale lies within an octave of the last
-        attempt(torch.full_like(start, -k / 8))
-        k += 1
+    for k in range(97):
+        new = attempt(torch.full_like(start, -k / 8))
+        # on, while the best of some scale lies within an octave, or the error has hardly grown: it does not
+        # where only outliers have codes other than zero, and falls behind that plateau
+        if not bool(((best < 1 - k / 8) | (new < 2 * least)).any()):
+            break
     for width in (1 / 16, 1 / 32, 1 / 64):
         centre = best
         for sign in (-1.0, 1.0):
@@ -65,14 +69,16 @@ def _least(error: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     return best
 
 
-def least_error_range_of(x: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def least_error_range_of(
+    x: Tensor, spec: QuantSpec, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The range of least squared error of a tensor at rest, such as a weight; from the values themselves.
 
     Args:
         x: float tensor.
         spec: how it is to be quantized.
-        importance: weight of each squared error, broadcastable to `x`; for a weight, the mean square of the inputs
-            that it multiplies makes this the error of the layer's output (inputs taken as uncorrelated).
+        importance: weight of each squared error, broadcastable to `x`; for a weight, the mean square of the
+            inputs that it multiplies makes this the error of the layer's output, inputs being uncorrelated.
 
     Returns:
         lo and hi, float64 in the shape of the scale.
@@ -151,7 +157,8 @@ def best_percentile(error: ErrorOfRange, counts: Tensor, edges: Tensor, ends: tu
 
     def damage(percentile: float) -> float:
         lo, hi = percentile_range(counts, edges, percentile)
-        return error(torch.maximum(lo, ends[0]).clamp(max=0.0), torch.minimum(hi, ends[1]).clamp(min=0.0)).item()
+        lo, hi = torch.maximum(lo, ends[0]).clamp(max=0.0), torch.minimum(hi, ends[1]).clamp(min=0.0)
+        return error(lo, hi).item()
 
     return min(reversed(PERCENTILES), key=damage)
 
@@ -159,9 +166,10 @@ def best_percentile(error: ErrorOfRange, counts: Tensor, edges: Tensor, ends: tu
 def kl_range(counts: Tensor, edges: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The threshold whose quantized distribution diverges least from the clipped one (Migacz, GTC 2017).
 
-    Magnitudes are resampled into `KL_BINS` even bins. For each threshold the distribution P, its outliers gathered
-    in the last bin, is compared with Q, the same bins merged into as many levels as the spec has codes for magnitudes
-    and spread back over the bins that were not empty; the threshold with the least KL(P || Q) wins.
+    Magnitudes are resampled into `KL_BINS` even bins. For each threshold the distribution P, its outliers
+    gathered in the last bin, is compared with Q, the same bins merged into as many levels as the spec has
+    codes for magnitudes and spread back over the bins that were not empty; the threshold with the least
+    KL(P || Q) wins.
     """
     magnitudes = _even_bins(counts, edges)
     levels = _magnitude_levels(counts, spec)
@@ -176,7 +184,7 @@ def kl_range(counts: Tensor, edges: Tensor, spec: QuantSpec) -> tuple[Tensor, Te
 
 
 def _magnitude_levels(counts: Tensor, spec: QuantSpec) -> int:
-    """How many codes of the spec share the magnitudes: all, or half where the data or the codes have two signs."""
+    """How many codes there are for magnitudes: half of all where codes and data have two signs."""
     if spec.symmetric:
         return spec.qmax + 1
     half = len(counts) // 2
@@ -185,7 +193,7 @@ def _magnitude_levels(counts: Tensor, spec: QuantSpec) -> int:
 
 
 def _even_bins(counts: Tensor, edges: Tensor) -> Tensor:
-    """Counts of |x| over even bins from 0 to the last edge, float64 [KL_BINS]; the bin of zero is left out."""
+    """Counts of |x| over even bins from 0 to the last edge, float64 [KL_BINS], without the bin of zero."""
     half = len(counts) // 2
     magnitudes, ends = counts[half + 1 :] + counts[:half].flip(0), edges[half + 1 :]
     below = _cumulative(magnitudes)

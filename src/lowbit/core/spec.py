@@ -117,7 +117,9 @@ class QuantSpec:
                 choices = ", ".join(str(choice) for choice in allowed)
                 raise LowbitError(f"{field}={getattr(self, field)!r} is unknown; use one of {choices}")
         if not isinstance(self.granularity, Granularity):
-            raise LowbitError(f"granularity={self.granularity!r} is unknown; use PerTensor, PerChannel or PerGroup")
+            raise LowbitError(
+                f"granularity={self.granularity!r} is unknown; use PerTensor, PerChannel or PerGroup"
+            )
         if self.kind == "float":
             if self.bits != 16:
                 raise LowbitError(f"kind='float' has 16 bits, not {self.bits}; use FP16, or kind='int'")
@@ -164,7 +166,8 @@ class QuantSpec:
         if self.kind == "float":
             return "fp16"
         sign, zero_point = "" if self.signed else "u", "" if self.symmetric else "+zp"
-        return f"{sign}int{self.bits}{zero_point}/{self.granularity}" + ("/pow2" if self.scale == "pow2" else "")
+        scale = "/pow2" if self.scale == "pow2" else ""
+        return f"{sign}int{self.bits}{zero_point}/{self.granularity}{scale}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, equal after `from_dict`."""

@@ -62,6 +62,26 @@ class Inputs:
 
         return Inputs(tuple(pick(a) for a in self.args), {k: pick(v) for k, v in self.kwargs.items()})
 
+    def made_up(self) -> Inputs:
+        """The same shapes and dtypes without the data: numbers in [0, 1), the same every time; integers are 0.
+
+        Not 0 throughout, for tracing asks whether a graph computes what the model does, and zeros hide that.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(draw(v) for v in value)
+            if isinstance(value, dict):
+                return {k: draw(v) for k, v in value.items()}
+            if not isinstance(value, Tensor):
+                return value
+            if not value.is_floating_point():
+                return torch.zeros_like(value)
+            return torch.rand(value.shape, generator=generator).to(value.dtype)
+
+        return Inputs(tuple(draw(a) for a in self.args), {k: draw(v) for k, v in self.kwargs.items()})
+
 
 @dataclass(frozen=True)
 class Note:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter
 from typing import Any
@@ -15,16 +16,32 @@ from lowbit.graph.ops import is_tensor, label, module_of
 __all__ = ["name_nodes", "normalize"]
 
 _IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv}
-_INPLACE_FLAG = (F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.dropout)
+# operands that may be given by name, in their order
+_OPERANDS = ("input", "tensors", "other", "mat2")
 
 
 def normalize(gm: fx.GraphModule) -> None:
-    """Rewrite in place: no in-place operation, weights in modules, one spelling of global pooling, every node named."""
-    for rewrite in (_out_of_place, _weights_to_modules, _means_to_pooling, _drop_dead_shapes):
+    """Rewrite in place: operands first, no in-place operation, weights in modules, one spelling of global pooling, no
+    dead code, every node named."""
+    for rewrite in (_operands_first, _out_of_place, _weights_to_modules, _means_to_pooling, _windows_to_pooling, _drop_zero_sums, _drop_dead):
         rewrite(gm)
     gm.graph.lint()
     gm.recompile()
     name_nodes(gm)
+
+
+def _operands_first(gm: fx.GraphModule) -> None:
+    """conv(input=x) and torch.add(x, other=y) become positional: what an operation reads stands in its arguments."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and not type(module_of(node)).__module__.startswith("torch.nn"):
+            continue
+        if node.op == "call_function" and not str(getattr(node.target, "__module__", "torch")).startswith("torch"):
+            continue
+        for name in _OPERANDS:
+            given = 0 if name in ("input", "tensors") else 1
+            if name in node.kwargs and len(node.args) == given:
+                node.args = (*node.args, node.kwargs[name])
+                node.kwargs = {k: v for k, v in node.kwargs.items() if k != name}
 
 
 def _out_of_place(gm: fx.GraphModule) -> None:
@@ -49,8 +66,20 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _flagged(node: fx.Node) -> bool:
-    """F.relu(x, inplace=True) and its kin; the flag is always their last positional parameter."""
-    return bool(node.kwargs.get("inplace")) or (node.target in _INPLACE_FLAG and node.args[-1] is True)
+    """F.relu(x, inplace=True) and its kin."""
+    at = _flag_position(node)
+    return bool(node.kwargs.get("inplace")) or (at is not None and at < len(node.args) and node.args[at] is True)
+
+
+def _flag_position(node: fx.Node) -> int | None:
+    """Which positional parameter of a function is `inplace`."""
+    if not str(getattr(node.target, "__module__", "")).startswith("torch.nn"):
+        return None
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except ValueError:  # a builtin
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def _make_functional(node: fx.Node) -> None:
@@ -60,7 +89,7 @@ def _make_functional(node: fx.Node) -> None:
         node.target = str(node.target)[:-1]
     elif _flagged(node):
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-        node.args = tuple(a for a in node.args if a is not True)
+        node.args = node.args[: _flag_position(node)]
     else:
         node.target = _IN_PLACE.get(node.target) or _without_underscore(node.target)
 
@@ -84,10 +113,10 @@ def _weights_to_modules(gm: fx.GraphModule) -> None:
         source = bound.pop("input")
         if tensors["weight"] is None or not all(_constant(v) for v in bound.values()):
             continue
-        key = (node.target, tensors["weight"][0], str(sorted(bound.items())))
+        key = (node.target, tensors["weight"][0], tensors["bias"] and tensors["bias"][0], str(sorted(bound.items())))
         if key not in made:
             weight, bias = tensors["weight"][1], tensors["bias"][1] if tensors["bias"] else None
-            made[key] = _free_path(gm, tensors["weight"][0], label(node))
+            made[key] = _free_path(gm, tensors["weight"][0], node)
             gm.add_submodule(made[key], build(weight, bias, bound))
         with gm.graph.inserting_before(node):
             call = gm.graph.call_module(made[key], (source,))
@@ -129,12 +158,26 @@ def _constant(value: Any) -> bool:
     return not isinstance(value, fx.Node)
 
 
-def _free_path(gm: fx.GraphModule, weight: str, op: str) -> str:
-    """A path beside the weight: `block.w` used by conv2d becomes `block.w_conv2d`."""
-    path, names = f"{weight}_{op}", {name for name, _ in gm.named_modules()}
+def _free_path(gm: fx.GraphModule, weight: str, node: fx.Node) -> str:
+    """A path beside the weight: `block.w` used by conv2d becomes `block.w_conv2d`.
+
+    The weight of a layer (tied, or used without calling the layer) makes its neighbour: `embed.weight` in linear becomes
+    `embed_weight_linear`. A weight computed from others is named after the place that uses it.
+    """
+    owner, _, name = weight.rpartition(".")
+    if owner and type(gm.get_submodule(owner)).__module__.startswith("torch.nn.modules.") and not _is_bare(gm.get_submodule(owner)):
+        weight = f"{owner}_{name}"
+    if name.startswith("_tensor_constant"):
+        weight = f"{node.meta['scope']}.weight".lstrip(".")
+    path, names = f"{weight}_{label(node)}", {name for name, _ in gm.named_modules()}
     while path in names:
         path += "_"
     return path
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """An empty module that only gives a tensor its path."""
+    return type(module) is nn.Module
 
 
 _CONV_SIGNATURE = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -189,7 +232,7 @@ def _means_to_pooling(gm: fx.GraphModule) -> None:
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
         source = node.args[0]
-        if source.meta["value"].ndim != 4 or not isinstance(dims, (tuple, list)) or sorted(d % 4 for d in dims) != [2, 3]:
+        if source.meta["value"].ndim != 4 or "dtype" in node.kwargs or not _over_positions(dims):
             continue
         with gm.graph.inserting_before(node):
             pooled = gm.graph.call_function(F.adaptive_avg_pool2d, (source, 1))
@@ -202,18 +245,59 @@ def _means_to_pooling(gm: fx.GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def _drop_dead_shapes(gm: fx.GraphModule) -> None:
-    """Arithmetic on shapes that nothing reads, left behind by branches that tracing decided."""
+def _windows_to_pooling(gm: fx.GraphModule) -> None:
+    """Average pooling whose one window is the whole image, as in `F.avg_pool2d(x, x.size(3))`, is global pooling."""
+    for node in list(gm.graph.nodes):
+        if node.target is not F.avg_pool2d or not is_tensor(node.args[0]) or not is_tensor(node):
+            continue
+        source = node.args[0]
+        kernel = node.args[1] if len(node.args) > 1 else node.kwargs.get("kernel_size")
+        height, width = source.meta["value"].shape[-2:]
+        window = fx.node.map_arg(kernel, lambda n: n.meta["value"])
+        if window not in ((height, width), [height, width]) and not (window == height == width):
+            continue
+        if tuple(node.meta["value"].shape[-2:]) != (1, 1) or any(node.kwargs.get(k) for k in ("padding", "divisor_override")):
+            continue
+        with gm.graph.inserting_before(node):
+            pooled = gm.graph.call_function(F.adaptive_avg_pool2d, (source, 1))
+        pooled.meta.update(node.meta)
+        node.replace_all_uses_with(pooled)
+        gm.graph.erase_node(node)
+
+
+def _over_positions(dims: Any) -> bool:
+    """Whether these are the last two of four axes."""
+    plain = isinstance(dims, (tuple, list)) and all(isinstance(d, int) for d in dims)
+    return plain and sorted(d % 4 for d in dims) == [2, 3]
+
+
+def _drop_zero_sums(gm: fx.GraphModule) -> None:
+    """sum([a, b]) starts at 0: take that addition out."""
+    for node in list(gm.graph.nodes):
+        operands = node.args[:2]
+        if node.target is not operator.add or not any(type(a) is int and a == 0 for a in operands):
+            continue
+        source = next((a for a in operands if is_tensor(a)), None)
+        if source is not None:
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+
+
+def _drop_dead(gm: fx.GraphModule) -> None:
+    """Operations that nothing reads; submodules called as they stand may do more than return, so they stay."""
+    leaves = gm.meta["leaves"]
     for node in reversed(list(gm.graph.nodes)):
-        if not node.users and node.op in ("call_function", "call_method") and not isinstance(node.meta.get("value"), Tensor):
-            if node.target is not operator.setitem:
-                gm.graph.erase_node(node)
+        if node.users or node.op in ("placeholder", "output") or node.target is operator.setitem:
+            continue
+        if not (node.op == "call_module" and str(node.target) in leaves):
+            gm.graph.erase_node(node)
+    gm.delete_all_unused_submodules()
 
 
 def name_nodes(gm: fx.GraphModule) -> None:
     """Give every node the name that rules match and tables show: its module's path, or scope.operation."""
     seen: Counter[str] = Counter()
-    whole = "model" in gm.meta.get("leaves", {}) and any(n.target == "model" for n in gm.graph.nodes)
+    modules = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
     for node in gm.graph.nodes:
         if node.op == "call_module":
             name = str(node.target)
@@ -221,7 +305,9 @@ def name_nodes(gm: fx.GraphModule) -> None:
             name = str(node.target)
         else:
             name = ".".join(part for part in (node.meta.get("scope", ""), label(node).strip("_")) if part)
-        if whole:
+            while name in modules:  # a function must not answer to the name of a layer
+                name += "_"
+        if gm.meta["whole"]:
             name = name.removeprefix("model.")
         seen[name] += 1
         node.meta["name"] = name if seen[name] == 1 else f"{name}#{seen[name]}"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lowbit.nn.layers import QLayer, quantized_layer
+from lowbit.nn.layers import QLayer, obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
 
 __all__ = ["Kind", "is_tensor", "kind_of", "label", "module_of"]
@@ -37,7 +37,7 @@ _MODULES: dict[type[nn.Module], Kind] = {
     ),  # type: ignore[dict-item]
 }
 _FUNCTIONS: dict[object, Kind] = {
-    **dict.fromkeys((F.relu, torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min), "clamp"),
+    **dict.fromkeys((F.relu, torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min, torch.clip), "clamp"),
     **dict.fromkeys((operator.add, torch.add), "add"),
     **dict.fromkeys((operator.mul, torch.mul), "mul"),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "cat"),
@@ -45,19 +45,21 @@ _FUNCTIONS: dict[object, Kind] = {
     **dict.fromkeys((F.avg_pool2d, F.adaptive_avg_pool2d), "average"),
     **dict.fromkeys(
         (operator.getitem, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze)
-        + (torch.unsqueeze, torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select, torch.swapaxes)
-        + (torch.flip, torch.movedim, F.max_pool1d, F.max_pool2d, F.dropout, F.dropout2d, F.pixel_shuffle, F.pad),
+        + (torch.unsqueeze, torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select)
+        + (torch.swapaxes, torch.flip, torch.movedim, F.max_pool1d, F.max_pool2d, torch.max_pool1d)
+        + (torch.max_pool2d, F.dropout, F.dropout2d, F.pixel_shuffle, F.pad, F.interpolate),
         "pass",
     ),
 }  # type: ignore[dict-item]
 _METHODS: dict[str, Kind] = {
-    **dict.fromkeys(("relu", "clamp", "clamp_min"), "clamp"),
+    **dict.fromkeys(("relu", "clamp", "clamp_min", "clip"), "clamp"),
     "add": "add",
     "mul": "mul",
     **dict.fromkeys(("matmul", "bmm"), "matmul"),
     **dict.fromkeys(
-        ("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "contiguous")
-        + ("unbind", "narrow", "select", "expand", "expand_as", "repeat", "swapaxes", "movedim", "unflatten", "t"),
+        ("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split")
+        + ("contiguous", "unbind", "narrow", "select", "expand", "expand_as", "repeat", "swapaxes")
+        + ("movedim", "unflatten", "t"),
         "pass",
     ),
 }  # type: ignore[dict-item]
@@ -82,7 +84,7 @@ def kind_of(node: fx.Node) -> Kind:
         module = module_of(node)
         if isinstance(module, Quantizer):
             return "quantizer"
-        if isinstance(module, QLayer) or quantized_layer(type(module)):
+        if isinstance(module, QLayer) or (quantized_layer(type(module)) and not obstacle(module)):
             return "layer"
         kind = _MODULES.get(type(module), "float")
         if isinstance(module, nn.Upsample) and module.mode == "nearest":
@@ -112,8 +114,10 @@ def clamp_bounds(node: fx.Node) -> tuple[float, float]:
         return 0.0, 6.0
     if isinstance(module, nn.Hardtanh):
         return float(module.min_val), float(module.max_val)
-    names, defaults = (("min_val", "max_val"), (-1.0, 1.0)) if name == "hardtanh" else (("min", "max"), (None, None))
-    given = dict(zip(names, defaults, strict=True)) | dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+    hard = name == "hardtanh"
+    names, defaults = (("min_val", "max_val"), (-1.0, 1.0)) if hard else (("min", "max"), (None, None))
+    given = dict(zip(names, defaults, strict=True)) | dict(zip(names, node.args[1:], strict=False))
+    given |= dict(node.kwargs)
     lo, hi = given[names[0]], given[names[1]]
     return (float("-inf") if lo is None else lo), (float("inf") if hi is None else hi)  # type: ignore[return-value]
 
@@ -128,13 +132,22 @@ def _holds_zero(node: fx.Node) -> bool:
 
 
 def _moves_only(node: fx.Node) -> bool:
-    """Padding counts as moving values only when it pads with zero, which every quantizer represents."""
-    if node.target is F.pad:
-        mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
-        value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
-        return mode != "constant" or not value
+    """Padding with other values than zero, resizing that mixes pixels and active dropout make new values."""
     source = node.args[0] if node.args else None
-    return isinstance(source, fx.Node) and _has_floats(source.meta.get("value"))
+    if not isinstance(source, fx.Node) or not _has_floats(source.meta.get("value")):
+        return False
+    if node.target is F.pad:
+        # zero is the one value that every quantizer represents
+        return _argument(node, 2, "mode", "constant") != "constant" or not _argument(node, 3, "value", None)
+    if node.target is F.interpolate:
+        return _argument(node, 3, "mode", "nearest") == "nearest"
+    if node.target in (F.dropout, F.dropout2d):
+        return _argument(node, 2, "training", True) is False
+    return True
+
+
+def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def _has_floats(value: object) -> bool:

@@ -18,7 +18,7 @@ def swap(gm: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` leads, in every place that holds the same object."""
     old = gm.get_submodule(path)
     for parent in list(gm.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children skips second names of one module
             if child is old:
                 setattr(parent, name, module)
 

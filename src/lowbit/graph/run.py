@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lowbit.graph.trace import Inputs
+from lowbit.graph.inputs import Inputs
 
 __all__ = ["bind_inputs", "evaluate", "flat_tensors", "last_uses", "peak_bytes", "walk"]
 
@@ -52,11 +52,19 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: d
 def bind_inputs(gm: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
     """Values of the placeholders, by node name."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    bound = {n.name: value for n, value in zip(placeholders, inputs.args, strict=False)}
-    for node in placeholders:
-        if str(node.target) in inputs.kwargs:
-            bound[node.name] = inputs.kwargs[str(node.target)]
-        elif node.name not in bound and node.args:
+    bound: dict[str, Any] = {}
+    rest = dict(inputs.kwargs)
+    for i, node in enumerate(placeholders):
+        name = str(node.target)
+        if name.startswith("**"):
+            bound[node.name] = rest
+        elif name.startswith("*"):
+            bound[node.name] = inputs.args[i:]
+        elif name in rest:
+            bound[node.name] = rest.pop(name)
+        elif i < len(inputs.args):
+            bound[node.name] = inputs.args[i]
+        elif node.args:
             bound[node.name] = node.args[0]
     return bound
 

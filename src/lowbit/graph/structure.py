@@ -54,7 +54,7 @@ def first_difference(file: Sequence[Part], here: Sequence[Part]) -> str | None:
 
 
 def first_module_difference(file: Sequence[Part], model: nn.Module) -> str | None:
-    """The same for a model that cannot be traced on the saved example: modules of the same name are compared."""
+    """The same for a model that does not run on the saved example: modules of one name are compared."""
     modules = dict(model.named_modules())
     for part in file:
         module = modules.get(part.name.split("#")[0])
@@ -77,7 +77,8 @@ def _parts(node: fx.Node) -> Iterator[Part]:
     elif node.op in ("call_function", "call_method"):
         yield Part(name, str(getattr(node.target, "__name__", node.target)), {"reads": reads})
     else:
-        yield Part(name, node.op, {"reads": reads} | ({"target": str(node.target)} if node.op == "get_attr" else {}))
+        target = {"target": str(node.target)} if node.op == "get_attr" else {}
+        yield Part(name, node.op, {"reads": reads} | target)
 
 
 def _modules(name: str, module: nn.Module) -> Iterator[Part]:
@@ -117,8 +118,9 @@ def _text(value: Any) -> str:
         return "(" + ", ".join(_text(v) for v in value) + ")"
     if isinstance(value, slice):
         return f"slice{_text((value.start, value.stop, value.step))}"
-    known = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.memory_format))
-    return repr(value) if known else str(getattr(value, "__name__", type(value).__name__))
+    if _is_plain(value) or isinstance(value, (torch.dtype, torch.device, torch.memory_format)):
+        return repr(value)
+    return str(getattr(value, "__name__", type(value).__name__))
 
 
 def _fields_difference(old: Part, new: dict[str, str]) -> str | None:

@@ -44,18 +44,18 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
     Raises:
         LowbitError: the model does not run on the example, or its parameters are not float32.
     """
-    model = _copy(model).eval()
-    _check_dtype(model)
+    copied = _copy(model)
+    _check_dtype(copied)
     with torch.no_grad():
-        examples = _examples(model, example)
+        examples, outputs = _examples(copied, example)
         try:
-            gm, leaves, notes = _follow(model, examples)
+            gm, leaves, notes = _follow(copied, examples)
             gm.meta.update(leaves=leaves, whole=False)
             normalize(gm)
-            _check_equal(gm, model, examples)
+            _check_equal(gm, examples, outputs)
         except Exception as error:
             reason = str(error).split("\n")[0][:120]
-            gm = _whole(model, examples[0])
+            gm = _whole(_copy(model), examples[0])
             gm.meta.update(leaves={"model": reason}, whole=True)
             notes = [Note("", f"the whole model is called as it stands, for it cannot be traced: {reason}")]
             normalize(gm)
@@ -63,9 +63,9 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors computed with gradients (torch.nn.utils.weight_norm keeps one) are copied by value."""
+    """A deep copy for evaluation; tensors computed with gradients (torch.nn.utils.weight_norm keeps one) are copied by value."""
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).eval()
 
 
 def _check_dtype(model: nn.Module) -> None:
@@ -87,34 +87,40 @@ def _follow(model: nn.Module, examples: list[Inputs]) -> tuple[fx.GraphModule, d
                 raise
             leaves[tracer.failed] = str(error).split("\n")[0][:120]
             continue
+        called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+        leaves = {name: why for name, why in leaves.items() if name in called}  # others lie inside these
         notes = [Note(name, f"called as it stands, for it cannot be traced: {why}") for name, why in leaves.items()]
         return gm, leaves, notes + list(dict.fromkeys(tracer.decisions))
 
 
-def _examples(model: nn.Module, example: Inputs) -> list[Inputs]:
-    """The example with two samples and with three, where the model takes that, so that tracing holds few activations."""
+def _examples(model: nn.Module, example: Inputs) -> tuple[list[Inputs], list[Any]]:
+    """The example with two samples and with three, where the model takes that, and what the model makes of them."""
     few = [example.with_samples(n) for n in (2, 3)]
     try:
-        for inputs in few:
-            inputs.with_samples(inputs.batch_size).call(model)
-        return few
+        return few, [_call(model, inputs) for inputs in few]
     except Exception:  # the first axis is not the batch: take the example as it is
         try:
-            example.with_samples(example.batch_size).call(model)
+            return [example], [_call(model, example)]
         except Exception as error:
-            hint = "; several inputs are a tuple inside the tuple: ((a, b), label)" if len(example.args) == 1 else ""
             text = f"the model does not run on the example input: {type(error).__name__}: {error}"
-            raise LowbitError(text + (hint if isinstance(error, TypeError) else "")) from error
-        return [example]
+            hint = "; several inputs are a tuple inside the tuple: ((a, b), label)" if isinstance(error, TypeError) else ""
+            raise LowbitError(text + hint) from error
 
 
-def _check_equal(gm: fx.GraphModule, model: nn.Module, examples: list[Inputs]) -> None:
+def _call(model: nn.Module, inputs: Inputs) -> Any:
+    """The output for a copy of the inputs, which a model may write to."""
+    return inputs.with_samples(inputs.batch_size).call(model)
+
+
+def _check_equal(gm: fx.GraphModule, examples: list[Inputs], outputs: list[Any]) -> None:
     """A graph that computes something else (a view written in place, a branch on a type) must not be used."""
-    for example in examples:
-        pairs = (flat_tensors(example.with_samples(example.batch_size).call(m)) for m in (model, gm))
-        for want, got in zip(*pairs, strict=True):
-            if want.shape != got.shape or not torch.allclose(want, got, rtol=1e-4, atol=1e-5, equal_nan=True):
-                raise LowbitError("its graph would compute something else")
+    for example, want in zip(examples, outputs, strict=True):
+        got = _call(gm, example)
+        same = type(want) is type(got)
+        for a, b in zip(flat_tensors(want), flat_tensors(got), strict=True):
+            same = same and a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+        if not same:
+            raise LowbitError("its graph would compute something else")
 
 
 def _bind(model: nn.Module, example: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,6 +144,6 @@ def _whole(model: nn.Module, example: Inputs) -> fx.GraphModule:
     for node, value in zip([*args, *kwargs.values()], [*example.args, *example.kwargs.values()], strict=True):
         node.meta.update(scope="", value=describe(value))
     call = graph.call_module("model", args, kwargs)
-    call.meta.update(scope="", value=describe(example.with_samples(example.batch_size).call(model)))
+    call.meta.update(scope="", value=describe(_call(model, example)))
     graph.output(call)
     return fx.GraphModule(_Whole(model), graph)

@@ -6,6 +6,7 @@ scale and zero point remain.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,18 @@ from lowbit.core.spec import QuantSpec
 from lowbit.nn.quantizer import Quantizer
 from lowbit.registry import Registry
 
-__all__ = ["BoundLayer", "QConv1d", "QConv2d", "QConvTranspose2d", "QEmbedding", "QLayer", "QLinear", "layers", "quantized_layer"]
+__all__ = [
+    "BoundLayer",
+    "QConv1d",
+    "QConv2d",
+    "QConvTranspose2d",
+    "QEmbedding",
+    "QLayer",
+    "QLinear",
+    "layers",
+    "obstacle",
+    "quantized_layer",
+]
 
 layers: Registry[type[QLayer]] = Registry("layer")
 
@@ -34,9 +46,11 @@ class QLayer(nn.Module):
     bias: nn.Parameter | None
     weight_quantizer: Quantizer
     frozen_spec: QuantSpec | None = None
+    # how the range of the weight is chosen: "mse" or "minmax"; private, for it is no part of the architecture
+    _weight_observer: str = "mse"
 
     @classmethod
-    def from_float(cls, layer: nn.Module, spec: QuantSpec) -> QLayer:
+    def from_float(cls, layer: nn.Module, spec: QuantSpec, weight_observer: str = "mse") -> QLayer:
         """The same layer, sharing its Parameters, with a quantizer of that spec for the weight."""
         kwargs: dict[str, Any] = {name: getattr(layer, name) for name in cls.arguments}
         if hasattr(layer, "bias"):
@@ -46,7 +60,13 @@ class QLayer(nn.Module):
         if kwargs.get("bias"):
             q.bias = layer.bias  # type: ignore[assignment]
         q.weight_quantizer = Quantizer(spec, observer=None)
+        q._weight_observer = weight_observer
         return q.train(layer.training)
+
+    @property
+    def weight_observer(self) -> str:
+        """How the range of the latent weight is chosen: "mse" or "minmax"."""
+        return self._weight_observer
 
     def effective_weight(self) -> Tensor:
         """float32 weight: latent, rounded or decoded, as the state of the layer has it."""
@@ -126,12 +146,31 @@ class QEmbedding(QLayer, nn.Embedding):
     arguments = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(input, self.effective_weight(), self.padding_idx)
+        if self.frozen_spec is None:
+            return F.embedding(input, self.effective_weight(), self.padding_idx)
+        table, rows = self.qweight(), input.reshape(-1)
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return t if t is None or t.shape[0] == 1 else t[rows]
+
+        picked = replace(table, codes=table.codes[rows], scale=pick(table.scale), zero_point=pick(table.zero_point))
+        return picked.dequantize().reshape(*input.shape, self.embedding_dim)
 
 
 def quantized_layer(kind: type[nn.Module]) -> type[QLayer] | None:
     """The quantized counterpart of a float layer's exact class, or None."""
     return layers.get(kind.__name__) if kind.__name__ in layers.names() and kind.__module__.startswith("torch.nn") else None
+
+
+def obstacle(layer: nn.Module) -> str:
+    """Why a layer of a known class must keep its float weight all the same, or ''."""
+    if not isinstance(getattr(layer, "weight", None), nn.Parameter):
+        return "its weight is computed by a hook"
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        return "a hook runs with it"
+    if getattr(layer, "max_norm", None) is not None:
+        return "max_norm rewrites its weight"
+    return ""
 
 
 class BoundLayer(nn.Module):
@@ -143,8 +182,17 @@ class BoundLayer(nn.Module):
         self.input_quantizer = input_quantizer
         self.output_quantizer = output_quantizer
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        output = self.layer(input)
+        output = self.layer(input, *args, **kwargs)
         return output if self.output_quantizer is None else self.output_quantizer(output)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the code around it asks of the layer: `self.fc.in_features`, `self.fc.weight`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            layer = super().__getattr__("layer")
+            frozen = isinstance(layer, QLayer) and layer.frozen_spec is not None
+            return layer.effective_weight() if name == "weight" and frozen else getattr(layer, name)

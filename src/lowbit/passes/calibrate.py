@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.core.affine import group_amin_amax
+from lowbit.core.affine import check_finite, group_amin_amax
 from lowbit.core.ranges import least_error_range_of
 from lowbit.errors import LowbitError
 from lowbit.graph.trace import Inputs
@@ -37,20 +37,19 @@ def batches(data: Any, num_batches: int | None = None) -> Iterator[Inputs]:
         yield Inputs.of(batch)
 
 
-def calibrate_weights(model: nn.Module, observers: dict[str, str]) -> None:
+def calibrate_weights(model: nn.Module) -> None:
     """Choose the range of every latent weight: of least squared error, or from smallest to largest.
 
-    Args:
-        observers: "mse" or "minmax" for each layer path; "mse" where it is missing.
+    Raises:
+        LowbitError: a weight holds NaN or infinity.
     """
     for path, layer in model.named_modules():
         if not isinstance(layer, QLayer) or layer.frozen_spec is not None:
             continue
         quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+        check_finite(weight, f"the weight of '{path}'")
         if quantizer.spec.kind == "int":
-            if not torch.isfinite(weight).all():
-                raise LowbitError(f"the weight of '{path}' holds NaN or infinity; train or load it again")
-            choose = group_amin_amax if observers.get(path) == "minmax" else least_error_range_of
+            choose = group_amin_amax if layer.weight_observer == "minmax" else least_error_range_of
             quantizer.set_range(*choose(weight, quantizer.spec))
         quantizer.observer = None
         quantizer.mode = "quantize"
@@ -77,7 +76,11 @@ def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None =
     count = 0
     with torch.inference_mode():
         for inputs in track(batches(data, num_batches), "calibrating"):
-            inputs.call(model)
+            try:
+                inputs.call(model)
+            except LowbitError as error:
+                behind = [n for n, m in activations.items() if m.observer is not None and m.observer.batches <= count]
+                raise LowbitError(f"'{behind[0]}', batch {count}: {error}" if behind else str(error)) from None
             count += 1
     if not count:
         raise LowbitError("the calibration data holds no batch; pass at least one (100 samples or more are wise)")

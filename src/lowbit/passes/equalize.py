@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.graph.match import Region, regions
 from lowbit.graph.ops import module_of
+from lowbit.graph.regions import Region, regions
 
 __all__ = ["Equalized", "equalize"]
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from lowbit.core.spec import PerChannel, QuantSpec
 from lowbit.errors import LowbitError
-from lowbit.graph.match import Operation, operations, rule_name, source_of, tail_of, tensor_inputs
+from lowbit.graph.match import hidden_layers, operations, path_name, rule_name, source_of, tail_of, tensor_inputs
 from lowbit.graph.ops import INTEGER, kind_of, module_of
 from lowbit.graph.rewrite import finish, insert_after, swap
 from lowbit.nn.layers import BoundLayer, QLayer, quantized_layer
@@ -50,7 +50,7 @@ def resolve(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     Raises:
         LowbitError: a rule that matches nothing.
     """
-    targets = [*operations(gm), *_hidden(gm)]
+    targets = operations(gm)
     rules = recipe.resolve(targets)
     return [Decision(t.name, t.op, rules[t.name]) for t in targets]
 
@@ -81,12 +81,12 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
         rule = rules[path_name(gm, path)]
         kind = quantized_layer(type(layer))
         if rule is not None and rule.weight is not None and kind is not None:
-            swap(gm, path, kind.from_float(layer, _spec_of(layer, kind, rule.weight, path)))
+            swap(gm, path, _quantized(layer, kind, rule, path))
     for node, rule in wanted.items():
         assert rule.activation is not None
         insert_after(gm, node, f"{QUANTIZERS}.{node.name}", Quantizer(rule.activation, rule.observer))
-    for leaf, path, layer in list(_hidden_layers(gm)):
-        _bind(gm, f"{leaf}.{path}", layer, rules[path_name(gm, f"{leaf}.{path}")])
+    for path, layer in [found for leaf in gm.meta["leaves"] for found in hidden_layers(gm, leaf)]:
+        _bind(gm, path, layer, rules[path_name(gm, path)])
     finish(gm)
     return decisions
 
@@ -97,11 +97,6 @@ def _leaves_as_float(node: fx.Node) -> bool:
     if isinstance(module, nn.Embedding):
         return True
     return isinstance(module, nn.Linear) and all(user.op == "output" for user in node.users)
-
-
-def path_name(gm: fx.GraphModule, path: str) -> str:
-    """The name that rules see for a module path; a model held whole shows the names its author gave."""
-    return path.removeprefix("model.") if set(gm.meta["leaves"]) == {"model"} else path
 
 
 def _bits(rule: Rule) -> int:
@@ -125,6 +120,11 @@ def _layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
             yield str(node.target), module_of(node)
 
 
+def _quantized(layer: nn.Module, kind: type[QLayer], rule: Rule, path: str) -> QLayer:
+    assert rule.weight is not None
+    return kind.from_float(layer, _spec_of(layer, kind, rule.weight, path), rule.weight_observer)
+
+
 def _spec_of(layer: nn.Module, kind: type[QLayer], spec: QuantSpec, path: str) -> QuantSpec:
     """The spec with its channels on the axis where this layer has them, checked against the weight."""
     if isinstance(spec.granularity, PerChannel) and spec.granularity.axis == 0:
@@ -136,34 +136,12 @@ def _spec_of(layer: nn.Module, kind: type[QLayer], spec: QuantSpec, path: str) -
     return spec
 
 
-def _hidden_layers(gm: fx.GraphModule) -> Iterator[tuple[str, str, nn.Module]]:
-    """(leaf, path inside it, layer) of every layer inside a submodule that could not be traced."""
-    for leaf in gm.meta["leaves"]:
-        yield from ((leaf, path, layer) for path, layer in _descend(gm.get_submodule(leaf), ""))
-
-
-def _descend(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        if quantized_layer(type(child)):
-            yield prefix + name, child
-        elif not type(child).__module__.startswith("torch.nn") or isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            yield from _descend(child, f"{prefix}{name}.")
-
-
-def _hidden(gm: fx.GraphModule) -> list[Operation]:
-    node = next(iter(gm.graph.nodes))
-    return [
-        Operation(path_name(gm, f"{leaf}.{path}"), type(layer).__name__, frozenset(), node)
-        for leaf, path, layer in _hidden_layers(gm)
-    ]
-
-
 def _bind(gm: fx.GraphModule, path: str, layer: nn.Module, rule: Rule | None) -> None:
     """Inside an untraceable submodule a layer carries the quantizers of its input and output along."""
     kind = quantized_layer(type(layer))
     if rule is None or kind is None or (rule.weight is None and rule.activation is None):
         return
-    inner = kind.from_float(layer, _spec_of(layer, kind, rule.weight, path)) if rule.weight else layer
+    inner = _quantized(layer, kind, rule, path) if rule.weight else layer
     activation = None if isinstance(layer, nn.Embedding) else rule.activation
     quantizers = [Quantizer(activation, rule.observer) if activation else None for _ in range(2)]
     swap(gm, path, BoundLayer(inner, *quantizers))

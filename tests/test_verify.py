@@ -1,0 +1,132 @@
+"""The file is the model: every code of a running ONNX file equals the integer reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lowbit
+from lowbit import INT4, INT8, UINT8, PerGroup, PerTensor, QuantSpec, Recipe, Rule
+from lowbit.verify import Parity
+from tests.deployables import DEPLOYABLES, build
+
+pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+
+
+def deploy(name: str, recipe: str | Recipe, folder: Path) -> Parity:
+    model, data = build(name)
+    q = lowbit.quantize(model, recipe, data)
+    return lowbit.verify(q, lowbit.export.onnx(q, folder / "m.onnx"), data)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("name", DEPLOYABLES)
+def test_every_code_equals_the_integer_reference(name: str, recipe: str, tmp_path: Path) -> None:
+    parity = deploy(name, recipe, tmp_path)
+    assert parity.layers
+    # softmax and LayerNorm are floating point: they may round one code in thousands the other way, and it spreads
+    least = 0.999 if name == "attention" else 1.0
+    assert min(layer.equal for layer in parity.layers) >= least, parity
+    assert parity.exact or name == "attention"
+    assert min(layer.simulation_equal for layer in parity.layers) > 0.99
+    assert parity.ok
+
+
+RECIPES = {
+    "per-tensor weights": Rule(weight=replace(INT8, granularity=PerTensor()), activation=UINT8),
+    "asymmetric weights": Rule(weight=QuantSpec(bits=8, signed=False, symmetric=False), activation=UINT8),
+    "weights in 3 bits": Rule(weight=replace(INT4, bits=3), activation=UINT8),
+    "activations in 5 bits": Rule(weight=INT8, activation=replace(UINT8, bits=5)),
+    "power-of-two scales": Rule(weight=replace(INT8, scale="pow2"), activation=replace(UINT8, scale="pow2")),
+    "narrow weights": Rule(weight=replace(INT8, narrow=True), activation=UINT8),
+}
+
+
+@pytest.mark.parametrize("label", RECIPES)
+@pytest.mark.parametrize("name", ["pools", "shortcuts"])
+def test_integer_recipes_are_exact(name: str, label: str, tmp_path: Path) -> None:
+    parity = deploy(name, Recipe(rules=(RECIPES[label],)), tmp_path)
+    assert parity.exact, parity
+
+
+FLOAT_KERNELS = {
+    "signed activations": Rule(weight=INT8, activation=QuantSpec(bits=8)),
+    "activations in 16 bits": Rule(weight=INT8, activation=replace(UINT8, bits=16)),
+    "weights in groups": Rule(weight=replace(INT4, granularity=PerGroup(0, 1))),
+}
+
+
+@pytest.mark.parametrize("recipe", ["w8", "w4", "fp16", *FLOAT_KERNELS])
+@pytest.mark.parametrize("name", ["pools", "attention"])
+def test_recipes_without_integer_kernels_stay_close(name: str, recipe: str, tmp_path: Path) -> None:
+    chosen = Recipe(rules=(FLOAT_KERNELS[recipe],)) if recipe in FLOAT_KERNELS else recipe
+    parity = deploy(name, chosen, tmp_path)
+    assert parity.ok, parity
+
+
+def test_a_wrong_file_is_found_out(tmp_path: Path) -> None:
+    """One weight code changed in the file: the comparison is no formality."""
+    model, data = build("pools")
+    q = lowbit.quantize(model, "w8a8", data)
+    path = lowbit.export.onnx(q, tmp_path / "m.onnx")
+    proto = onnx.load(str(path))
+    codes = next(t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4)
+    raw = bytearray(codes.raw_data)
+    raw[0] = (raw[0] + 64) % 256
+    codes.raw_data = bytes(raw)
+    onnx.save(proto, str(path))
+    parity = lowbit.verify(q, path, data)
+    assert not parity.exact
+    assert min(layer.equal for layer in parity.layers) < 1
+
+
+def test_the_batch_is_dynamic(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model, data = build("pools")
+    path = lowbit.export.onnx(lowbit.quantize(model, "w8a8", data), tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for n in (1, 7):
+        assert session.run(None, {"x": torch.randn(n, 3, 16, 16).numpy()})[0].shape == (n, 5)
+
+
+def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    model, data = build("two inputs")
+    q = lowbit.quantize(model, "w8a8", data)
+    other = lowbit.quantize(build("pools")[0], "w8a8", build("pools")[1])
+    path = lowbit.export.onnx(other, tmp_path / "other.onnx")
+    (tmp_path / "text.onnx").write_text("not a model")
+    for bad, words in ((tmp_path / "no.onnx", "does not exist"), (tmp_path / "text.onnx", "not an ONNX file"), (path, "not exported from this")):
+        with pytest.raises(lowbit.LowbitError, match=words):
+            lowbit.verify(q, bad, data)
+    with pytest.raises(lowbit.LowbitError, match="no data"):
+        lowbit.verify(q, lowbit.export.onnx(q, tmp_path / "m.onnx"), [])
+
+
+def test_an_unfrozen_model_is_not_exported(tmp_path: Path) -> None:
+    q = lowbit.prepare(nn.Linear(4, 2), "w8", torch.randn(2, 4))
+    with pytest.raises(lowbit.LowbitError, match="freeze"):
+        lowbit.export.onnx(q, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_float_kernel_is_left(tmp_path: Path) -> None:
+    """The graph that ONNX Runtime really runs, for a residual network."""
+    import onnxruntime
+
+    from lowbit.demo import load_images, load_network
+
+    x = load_images("train")[0][:64]
+    path = lowbit.export.onnx(lowbit.quantize(load_network(), "w8a8", [x]), tmp_path / "m.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found = {node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node}
+    assert {"QLinearConv", "QLinearAdd", "QGemm", "QLinearGlobalAveragePool"} <= found
+    assert not found & {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Relu", "Clip"}
