@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 
-HEAVY = ["onnx", "onnxscript", "onnxruntime", "openvino", "hls4ml", "jinja2", "typer", "rich", "scipy", "yaml"]
+HEAVY = ["onnx", "onnxscript", "onnxruntime", "openvino", "jinja2", "typer", "rich", "scipy", "yaml"]
 PROBE = f"""
 import json, sys, time
 import torch

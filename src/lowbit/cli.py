@@ -1,8 +1,8 @@
 """The command line: `lowbit demo | quantize | export | verify | bench | inspect`.
 
-Thin: it reads names, calls the library, prints. Text or, with --json, one JSON object goes to stdout; progress
-and whatever a model prints go to stderr. The exit code is 0; 1 when `verify` finds codes that differ; 2, with
-one line `error: ...`, when the input is bad.
+Thin: it reads names, calls the library, prints. Text or, with --json, one JSON object goes to stdout;
+progress and whatever a model prints go to stderr. The exit code is 0, or 1 when `verify` finds codes that
+differ, or 2 with one line `error: ...` when the input is bad.
 """
 
 from __future__ import annotations

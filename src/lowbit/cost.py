@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
 from lowbit.core.spec import QuantSpec
+from lowbit.graph.match import path_name, quantizer_of
 from lowbit.graph.ops import kind_of, module_of
-from lowbit.nn.layers import QLayer
+from lowbit.nn.layers import BoundLayer, QLayer
 from lowbit.nn.quantizer import Quantizer
 
 __all__ = ["Cost", "LayerCost", "cost_of"]
@@ -67,34 +69,50 @@ def cost_of(gm: fx.GraphModule) -> Cost:
     """Cost of a graph, for one sample of the shapes it was traced with."""
     rows: list[LayerCost] = []
     seen: set[int] = set()
-    for node in gm.graph.nodes:
-        if kind_of(node) != "layer":
-            continue
-        layer = module_of(node)
-        first = id(layer) not in seen
+    for name, layer, bits, calls in _calls(gm):
+        rows.append(_layer_cost(name, layer, bits, calls, first=id(layer) not in seen))
         seen.add(id(layer))
-        rows.append(_layer_cost(node, layer, first))
     inside = {id(t) for m in gm.modules() if id(m) in seen for t in (*m.parameters(), *m.buffers())}
     scales = {id(t) for m in gm.modules() if isinstance(m, Quantizer) for t in m.buffers()}
     others = {id(t): t for t in (*gm.parameters(), *gm.buffers()) if id(t) not in inside | scales}
     return Cost(tuple(rows), sum(t.numel() * t.element_size() for t in others.values()))
 
 
-def _layer_cost(node: fx.Node, layer: nn.Module, first: bool) -> LayerCost:
+# inputs and outputs of each call, without their numbers
+_Shapes = list[tuple[Tensor, Tensor]]
+
+
+def _calls(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module, int, _Shapes]]:
+    """Name, layer, bits of the input and shapes: of each call in the graph, then of each layer no graph reaches."""
+    for node in gm.graph.nodes:
+        if kind_of(node) == "layer":
+            source = node.args[0]
+            quantizer = quantizer_of(source)
+            bits = quantizer.spec.bits if quantizer else 32
+            yield str(node.meta["name"]), module_of(node), bits, [(source.meta["value"], node.meta["value"])]
+    for path, shapes in gm.meta["inside"].items():
+        layer, bits = gm.get_submodule(path), 32
+        if isinstance(layer, BoundLayer):
+            quantizer = layer.input_quantizer
+            bits = quantizer.spec.bits if quantizer is not None and quantizer.mode != "off" else 32
+            layer = layer.layer
+        yield path_name(gm, path), layer, bits, shapes
+
+
+def _layer_cost(name: str, layer: nn.Module, input_bits: int, calls: _Shapes, *, first: bool) -> LayerCost:
     weight = layer.get_buffer("weight_codes") if _frozen(layer) else layer.weight
     count = weight.numel()
     spec = layer.weight_quantizer.spec if isinstance(layer, QLayer) else None
     bias = getattr(layer, "bias", None)
-    source = node.args[0]
     return LayerCost(
-        name=str(node.meta["name"]),
+        name=name,
         op=type(layer).__name__.removeprefix("Q"),
         weights=count if first else 0,
         weight_bits=spec.bits if spec else 32,
-        input_bits=_bits(source) if isinstance(source, fx.Node) else 32,
+        input_bits=input_bits,
         weight_bytes=_bytes(tuple(weight.shape), spec) if first else 0,
         bias_bytes=4 * bias.numel() if first and bias is not None else 0,
-        macs=_macs(node, layer, count),
+        macs=sum(_macs(layer, source, out, count) for source, out in calls),
     )
 
 
@@ -103,28 +121,19 @@ def _frozen(layer: nn.Module) -> bool:
 
 
 def _bytes(shape: tuple[int, ...], spec: QuantSpec | None) -> int:
+    """As stored on disk: codes of up to 8 bits are packed, wider ones take whole bytes."""
     if spec is None:
         return 4 * math.prod(shape)
-    codes = math.ceil(math.prod(shape) * spec.bits / 8)
+    width = spec.bits if spec.bits <= 8 else 8 * spec.dtype.itemsize
+    codes = math.ceil(math.prod(shape) * width / 8)
     scales = 0 if spec.kind == "float" else math.prod(spec.scale_shape(shape))
     return codes + 4 * scales * (1 if spec.symmetric else 2)
 
 
-def _bits(node: fx.Node) -> int:
-    while kind_of(node) == "pass" and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return module_of(node).spec.bits if kind_of(node) == "quantizer" else 32
-
-
-def _macs(node: fx.Node, layer: nn.Module, weights: int) -> int:
+def _macs(layer: nn.Module, source: Tensor, out: Tensor, weights: int) -> int:
     """Multiply-accumulates of one sample: each weight is used once for every position it is moved to."""
-    out, source = node.meta["value"], node.args[0]
-    if isinstance(layer, nn.Embedding) or not isinstance(out, Tensor):
+    if isinstance(layer, nn.Embedding):
         return 0
-    batch = out.shape[0] if out.ndim > 1 else 1
     if isinstance(layer, nn.Linear):
-        return weights * (out.numel() // layer.out_features) // batch
-    if isinstance(layer, nn.ConvTranspose2d):
-        assert isinstance(source, fx.Node)
-        return weights * math.prod(source.meta["value"].shape[2:])
-    return weights * math.prod(out.shape[2:])
+        return weights * (out.numel() // layer.out_features) // (out.shape[0] if out.ndim > 1 else 1)
+    return weights * math.prod((source if isinstance(layer, nn.ConvTranspose2d) else out).shape[2:])

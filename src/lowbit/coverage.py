@@ -13,6 +13,7 @@ from lowbit.graph.trace import Note
 from lowbit.nn.layers import BoundLayer, QLayer, obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
 from lowbit.recipe import Recipe
+from lowbit.tables import text_table
 
 __all__ = ["Coverage", "Row", "coverage_of"]
 
@@ -40,12 +41,10 @@ class Coverage:
     notes: tuple[Note, ...]
 
     def __str__(self) -> str:
-        header = Row("layer", "operation", "runs as", "weight", "inputs", "output", "why", "what to do")
-        table = [(r.name, r.op, r.status, r.weight, r.inputs, r.output, r.why, r.cure) for r in (header, *self.rows)]
-        widths = [max(len(line[c]) for line in table) for c in range(len(table[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
-        lines += [f"note: {n.name + ': ' if n.name else ''}{n.text}" for n in self.notes]
-        return "\n".join([*lines, self.summary])
+        header = ("layer", "operation", "runs as", "weight", "inputs", "output", "why", "what to do")
+        rows = [(r.name, r.op, r.status, r.weight, r.inputs, r.output, r.why, r.cure) for r in self.rows]
+        notes = [f"note: {n.name + ': ' if n.name else ''}{n.text}" for n in self.notes]
+        return "\n".join([text_table(header, rows), *notes, self.summary])
 
     @property
     def summary(self) -> str:
@@ -190,6 +189,8 @@ def _cure(node: fx.Node) -> str:
     reason = _leaf_reason(node)
     if reason is not None:
         return _CURES.get(reason, "write it so that torch.fx can trace it")
+    if node.target in _WEIGHTED:
+        return "compute the weight once, before quantizing, and hold it in a layer"
     if node.target is nn.functional.scaled_dot_product_attention:
         return "write attention with matmul and softmax to quantize its products"
     return _cure_of(module_of(node)) if node.op == "call_module" else ""
@@ -199,7 +200,7 @@ def _cure_of(module: nn.Module) -> str:
     if hasattr(module, "parametrizations"):
         return "torch.nn.utils.parametrize.remove_parametrizations before quantizing"
     if quantized_layer(type(module)) and obstacle(module):
-        return "remove it before quantizing; torch.nn.utils.remove_weight_norm, for one"
+        return "remove that before quantizing (torch.nn.utils.remove_weight_norm, hook.remove())"
     if any(quantized_layer(type(m)) or isinstance(m, nn.MultiheadAttention) for m in module.modules()):
         return "write it with Linear layers and scaled_dot_product_attention"
     return ""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.core.integer import bias_codes
 from lowbit.core.qtensor import sqnr_db
 from lowbit.errors import LowbitError
-from lowbit.graph.match import calls, input_quantizer, layer_nodes
-from lowbit.graph.ops import module_of
 from lowbit.graph.rewrite import clone
 from lowbit.graph.run import flat_tensors, peak_bytes
 from lowbit.graph.trace import Inputs, Note, trace
@@ -24,6 +21,7 @@ from lowbit.passes.calibrate import batches, calibrate_activations, calibrate_we
 from lowbit.passes.equalize import equalize
 from lowbit.passes.fold_bn import fold_bn
 from lowbit.passes.place import place
+from lowbit.passes.settle_biases import settle_biases
 from lowbit.recipe import Recipe
 
 __all__ = ["assemble", "calibrate", "float_graph", "freeze", "prepare", "quantize"]
@@ -71,19 +69,13 @@ def quantize(
         raise LowbitError("the calibration data holds no batch; pass at least one (100 samples or more are wise)")
 
     base, notes = float_graph(model, replace(recipe, equalize=False), example)
-    data = _sample(calibration, num_batches, base)
-    q, reference = _calibrated(base, recipe, example, notes, calibration, num_batches), base
-    quality = _output_sqnr(reference, q.graph, data)
+    trial = _Trial.on(base, example, notes, calibration, num_batches)
+    q, reference = trial.calibrated(base, replace(recipe, equalize=False)), base
+    quality = trial.quality(q.graph)
     if recipe.equalize:
-        other, reference = _equalized(base, recipe, example, notes, calibration, num_batches)
-        after = _output_sqnr(base, other.graph, data)
-        kept = after >= quality
-        step = replace(other.steps.pop(), before_db=quality, after_db=after, kept=kept)
-        q, reference, quality = (other, reference, after) if kept else (q, base, quality)
-        q.recipe = replace(recipe, equalize=kept)
-        q.steps.insert(0, step)
-    for name in recipe.refine:
-        q, quality = _refine(name, q, reference, data, quality)
+        q, reference, quality = trial.equalize(q, base, quality)
+    for step in recipe.refine:
+        q, quality = trial.refine(step, q, reference, quality)
     return freeze(q)
 
 
@@ -116,7 +108,7 @@ def freeze(q: QuantizedModel) -> QuantizedModel:
     Raises:
         LowbitError: a scale is not known yet.
     """
-    _settle_biases(q.graph)
+    settle_biases(q.graph)
     for path, layer in q.graph.named_modules():
         if isinstance(layer, QLayer) and layer.frozen_spec is None:
             if not layer.weight_quantizer.ready:
@@ -141,40 +133,73 @@ def assemble(gm: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[No
     return QuantizedModel(gm, recipe, _stand_in(example, gm), list(notes))
 
 
-def _calibrated(
-    base: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note], data: Any, num_batches: int | None
-) -> QuantizedModel:
-    return calibrate(assemble(clone(base), recipe, example, notes), data, num_batches=num_batches)
+@dataclass(frozen=True)
+class _Trial:
+    """One call of `quantize`: what stays the same while steps are tried, measured, and kept or not."""
 
+    example: Inputs
+    notes: list[Note]
+    calibration: Any
+    num_batches: int | None
+    # the samples that corrections and measurements use, and the float outputs on them
+    sample: list[Inputs]
+    targets: list[list[Tensor]]
 
-def _equalized(
-    base: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note], data: Any, num_batches: int | None
-) -> tuple[QuantizedModel, fx.GraphModule]:
-    """The same with equalized weights; also the equalized float graph. What was done is the last step."""
-    scaled = clone(base)
-    done = equalize(scaled)
-    q = _calibrated(scaled, recipe, example, notes, data, num_batches)
-    text = (
-        f"{done.regions} regions over {done.layers} layers; "
-        f"largest over smallest channel range {done.spread_before:.1f} -> {done.spread_after:.1f}"
-    )
-    q.steps.append(Step("equalize", text))
-    return q, scaled
+    @classmethod
+    def on(
+        cls, base: fx.GraphModule, example: Inputs, notes: list[Note], calibration: Any, num_batches: int | None
+    ) -> _Trial:
+        sample = _sample(calibration, num_batches, base)
+        with torch.inference_mode():
+            targets = [flat_tensors(inputs.call(base)) for inputs in sample]
+        return cls(example, notes, calibration, num_batches, sample, targets)
 
+    def calibrated(self, gm: fx.GraphModule, recipe: Recipe) -> QuantizedModel:
+        """A quantized copy of a float graph."""
+        return calibrate(
+            assemble(clone(gm), recipe, self.example, self.notes), self.calibration, num_batches=self.num_batches
+        )
 
-def _refine(
-    step: str, q: QuantizedModel, reference: fx.GraphModule, data: list[Inputs], quality: float
-) -> tuple[QuantizedModel, float]:
-    """Apply one correction to a copy; keep it when the output gets better."""
-    corrected = clone(q.graph)
-    names = correct_outputs(corrected, reference, data, scale=step == "affine_correct")
-    after = _output_sqnr(reference, corrected, data)
-    kept = after >= quality
-    samples = sum(_count(inputs) for inputs in data)
-    q.steps.append(Step(step, f"{len(names)} layers over {samples} samples", quality, after, kept))
-    if kept:
-        q.graph = corrected
-    return q, max(quality, after)
+    def quality(self, gm: fx.GraphModule) -> float:
+        """SQNR in dB of everything the graph returns, over the sample."""
+        signal = noise = 0.0
+        with torch.inference_mode():
+            for inputs, targets in zip(self.sample, self.targets, strict=True):
+                for wanted, found in zip(targets, flat_tensors(inputs.call(gm)), strict=True):
+                    signal += wanted.double().square().sum().item()
+                    noise += (wanted.double() - found.double()).square().sum().item()
+        return sqnr_db(signal, noise)
+
+    def equalize(
+        self, q: QuantizedModel, base: fx.GraphModule, quality: float
+    ) -> tuple[QuantizedModel, fx.GraphModule, float]:
+        """The better of `q` and its like with equalized weights, the float graph it came from, and its quality."""
+        scaled = clone(base)
+        done = equalize(scaled)
+        other = self.calibrated(scaled, replace(q.recipe, equalize=True))
+        after = self.quality(other.graph)
+        text = (
+            f"{done.regions} regions over {done.layers} layers; "
+            f"largest over smallest channel range {done.spread_before:.1f} -> {done.spread_after:.1f}"
+        )
+        kept = after >= quality
+        best = (other, scaled, after) if kept else (q, base, quality)
+        best[0].steps.append(Step("equalize", text, quality, after, kept))
+        return best
+
+    def refine(
+        self, step: str, q: QuantizedModel, reference: fx.GraphModule, quality: float
+    ) -> tuple[QuantizedModel, float]:
+        """Apply one correction to a copy; keep it when the output gets better."""
+        corrected = clone(q.graph)
+        names = correct_outputs(corrected, reference, self.sample, scale=step == "affine_correct")
+        after = self.quality(corrected)
+        kept = after >= quality
+        samples = sum(_count(inputs) for inputs in self.sample)
+        q.steps.append(Step(step, f"{len(names)} layers over {samples} samples", quality, after, kept))
+        if kept:
+            q.graph = corrected
+        return q, max(quality, after)
 
 
 def _quantize_without_data(model: nn.Module, recipe: Recipe, example: Inputs) -> QuantizedModel:
@@ -184,30 +209,6 @@ def _quantize_without_data(model: nn.Module, recipe: Recipe, example: Inputs) ->
         names = correct_bias_analytically(q.graph)
         q.steps.append(Step("bias_correct", f"{len(names)} layers, from BatchNorm statistics, for there is no data"))
     return freeze(q)
-
-
-def _settle_biases(gm: fx.GraphModule) -> None:
-    """Put biases where integer kernels have them: 32 bits at the scale of the accumulator.
-
-    A channel so small that its bias would not fit gets a larger scale. A layer called once keeps the rounded bias, so
-    that the simulation adds what the kernel adds.
-    """
-    counts = calls(gm)
-    for node in layer_nodes(gm):
-        layer, source = module_of(node), input_quantizer(node)
-        if not isinstance(layer, QLayer) or layer.frozen_spec is not None or source is None or layer.bias is None:
-            continue
-        quantizer, bias = layer.weight_quantizer, layer.bias.detach()
-        if quantizer.spec.kind != "int" or source.spec.kind != "int" or source.scale.numel() != 1:
-            continue
-        need = bias.abs() / (source.scale.reshape(()) * 2.0**30)
-        if quantizer.scale.numel() != bias.numel():
-            quantizer.scale = torch.maximum(quantizer.scale, need.max())
-        else:
-            quantizer.scale = torch.maximum(quantizer.scale, need.reshape(quantizer.scale.shape))
-        scale = source.scale.reshape(()) * quantizer.scale.reshape(-1)
-        if counts[id(layer)] == 1 and scale.numel() in (1, bias.numel()):
-            layer.bias = nn.Parameter(bias_codes(bias, scale) * scale)
 
 
 def _sample(data: Any, num_batches: int | None, gm: fx.GraphModule) -> list[Inputs]:
@@ -225,17 +226,6 @@ def _sample(data: Any, num_batches: int | None, gm: fx.GraphModule) -> list[Inpu
 def _count(inputs: Inputs) -> int:
     tensors = [v for v in (*inputs.args, *inputs.kwargs.values()) if isinstance(v, Tensor) and v.ndim]
     return tensors[0].shape[0] if tensors else 1
-
-
-def _output_sqnr(reference: nn.Module, q: nn.Module, data: list[Inputs]) -> float:
-    """SQNR in dB of everything the model returns, over the data."""
-    signal = noise = 0.0
-    with torch.inference_mode():
-        for inputs in data:
-            for f, o in zip(flat_tensors(inputs.call(reference)), flat_tensors(inputs.call(q)), strict=True):
-                signal += f.double().square().sum().item()
-                noise += (f.double() - o.double()).square().sum().item()
-    return sqnr_db(signal, noise)
 
 
 def _stand_in(example: Inputs, gm: fx.GraphModule) -> Inputs:

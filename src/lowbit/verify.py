@@ -20,6 +20,7 @@ from lowbit.nn.quantizer import Quantizer
 from lowbit.passes.calibrate import batches
 from lowbit.progress import track
 from lowbit.reference import Codes, grid_of, run_on_codes
+from lowbit.tables import text_table
 
 __all__ = ["LayerParity", "Parity", "verify"]
 
@@ -79,11 +80,10 @@ class Parity:
             for r in self.layers
         ]
         rows = rows or [("(no activation is quantized: the file computes in float)", "", "", "", "", "")]
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+        table = text_table(header, rows)
         top1 = "" if self.top1_agreement is None else f", top-1 agreement with the simulation {_percent(self.top1_agreement)}"
         outputs = f"{_percent(self.output_equal)} of the outputs bit-equal, largest difference {self.output_max:.2g}"
-        return "\n".join([*lines, f"{self.path}, {self.samples} samples: {outputs}{top1}"])
+        return f"{table}\n{self.path}, {self.samples} samples: {outputs}{top1}"
 
 
 def _percent(share: float) -> str:

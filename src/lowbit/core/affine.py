@@ -87,19 +87,22 @@ def _check_range(lo: Tensor, hi: Tensor) -> None:
         )
 
 
-def _round(x: Tensor, spec: QuantSpec) -> Tensor:
+def _round_(x: Tensor, spec: QuantSpec) -> Tensor:
     if spec.rounding == "half_even":
-        return torch.round(x)
+        return x.round_()
     below = torch.floor(x)
     return below + (x - below >= 0.5)  # floor(x + 0.5) would round the sum, and so 0.49999997 up
 
 
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """clamp(round(x / scale) + zero_point), still as floating point numbers."""
-    codes = _round(x / scale, spec)
+    """clamp(round(x / scale) + zero_point), still as floating point numbers.
+
+    In place but for the quotient, and with a zero point of the type of `x`: on activations memory is what takes the time.
+    """
+    codes = _round_(x / scale, spec)
     if zero_point is not None:
-        codes = codes + zero_point
-    return codes.clamp(spec.qmin, spec.qmax)
+        codes += zero_point
+    return codes.clamp_(spec.qmin, spec.qmax)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -111,7 +114,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpe
         check_finite(x)
     if spec.kind == "float":
         return x.float().clamp(-FP16_MAX, FP16_MAX).half()
-    zero_point = None if zero_point is None else expand_to(zero_point, x.shape)
+    zero_point = None if zero_point is None else expand_to(zero_point, x.shape).float()
     return _codes(x.float(), expand_to(scale, x.shape), zero_point, spec).to(spec.dtype)
 
 
@@ -129,9 +132,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
         return x.clamp(-FP16_MAX, FP16_MAX).half().to(x.dtype)
     scale = expand_to(scale, x.shape)
     if zero_point is None:
-        return _codes(x, scale, None, spec) * scale
-    zero_point = expand_to(zero_point, x.shape)
-    return (_codes(x, scale, zero_point, spec) - zero_point) * scale
+        return _codes(x, scale, None, spec).mul_(scale)
+    zero_point = expand_to(zero_point, x.shape).to(x.dtype)
+    return _codes(x, scale, zero_point, spec).sub_(zero_point).mul_(scale)
 
 
 def group_amin_amax(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -38,11 +38,12 @@ class FloatHistogram:
         """Count the rows of a finite float32 tensor [rows, n > 0]; `amax` is its largest magnitude."""
         octave = int(torch.tensor(amax, dtype=torch.float32).view(torch.int32)) >> 23
         self._move(((octave + 1) << MANTISSA) - HALF)
-        upper = x.contiguous().view(torch.int16)[:, 1::2]  # the upper halves, on a little-endian machine
+        flat = x.contiguous().as_strided((x.numel(),), (1,))  # a single element may have any stride
+        upper = flat.view(torch.int16)[1::2]  # the upper halves, on a little-endian machine
         if len(self.counts) == 1:
-            self._add_row(upper[0])
+            self._add_row(upper)
         else:
-            self._add_rows(upper.to(torch.int32))
+            self._add_rows(upper.view(x.shape).to(torch.int32))
 
     def _add_row(self, upper: Tensor) -> None:
         """The common case, twice as fast: count every 16-bit pattern, then place those in the window."""

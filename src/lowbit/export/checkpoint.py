@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from lowbit.core.packing import pack, unpack
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
-from lowbit.graph.structure import Part, first_difference, first_module_difference, structure_of
 from lowbit.graph.inputs import Inputs, Note
+from lowbit.graph.structure import Part, first_difference, first_module_difference, structure_of
 from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer

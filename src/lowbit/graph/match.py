@@ -107,13 +107,12 @@ def rule_name(node: fx.Node) -> str:
 
 
 def source_of(node: fx.Node) -> fx.Node:
-    """The node that made the values which `node` may only have moved."""
-    while kind_of(node) == "pass":
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or not (is_tensor(source) or kind_of(source) == "pass"):
-            return node  # it picks from a tuple: an LSTM's, say
-        node = source
-    return node
+    """The node that made the values which `node` may only have moved; what picks from a tuple makes them."""
+    made = node
+    while kind_of(node) == "pass" and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        made = node if is_tensor(node) else made
+    return made
 
 
 def quantizer_of(node: fx.Node) -> Quantizer | None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from lowbit.errors import LowbitError
 from lowbit.graph.inputs import Inputs, Note
+from lowbit.graph.match import hidden_layers
 from lowbit.graph.normalize import normalize
 from lowbit.graph.run import flat_tensors
 from lowbit.graph.tracer import Tracer, describe
@@ -39,7 +40,8 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
 
     Returns:
         The graph in evaluation mode, and what could not be followed. `meta["leaves"]` holds the path of each submodule
-        that is called as it stands, with the reason; `meta["whole"]` says whether that is the model itself.
+        that is called as it stands, with the reason; `meta["whole"]` says whether that is the model itself;
+        `meta["inside"]` holds (input, output) of every call of a layer in there, as tensors without numbers.
 
     Raises:
         LowbitError: the model does not run on the example, or its parameters are not float32.
@@ -59,6 +61,7 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
             gm.meta.update(leaves={"model": reason}, whole=True)
             notes = [Note("", f"the whole model is called as it stands, for it cannot be traced: {reason}")]
             normalize(gm)
+        gm.meta["inside"] = _shapes_inside(gm, examples[0])
     return gm.eval(), notes
 
 
@@ -121,6 +124,23 @@ def _check_equal(gm: fx.GraphModule, examples: list[Inputs], outputs: list[Any])
             same = same and a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
         if not same:
             raise LowbitError("its graph would compute something else")
+
+
+def _shapes_inside(gm: fx.GraphModule, example: Inputs) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    shapes: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    hooks = []
+    for path, layer in [found for leaf in gm.meta["leaves"] for found in hidden_layers(gm, leaf)]:
+        seen = shapes.setdefault(path, [])
+
+        def remember(module: nn.Module, args: Any, kwargs: Any, output: Any, seen: list[Any] = seen) -> None:
+            seen.append((describe((*args, *kwargs.values())[0]), describe(output)))
+
+        hooks.append(layer.register_forward_hook(remember, with_kwargs=True))
+    if hooks:
+        _call(gm, example)
+    for hook in hooks:
+        hook.remove()
+    return shapes
 
 
 def _bind(model: nn.Module, example: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from lowbit.errors import LowbitError
 from lowbit.export.qdq.emitters import CODES, NIBBLES, NIBBLES_CAST, Clamped, EmitGlobalAveragePool, EmitQuantizer, emit_layer
+from lowbit.files import atomic_path
 from lowbit.graph.match import input_quantizer, is_global_pool, source_of
 from lowbit.graph.ops import clamp_bounds, is_tensor, kind_of, module_of
 from lowbit.graph.rewrite import clone, finish, insert_after
@@ -131,15 +130,8 @@ def _write(module: nn.Module, example: Inputs, path: Path) -> Path:
     _strip(proto)
     _pack_nibbles(proto)
     proto.ir_version = IR_VERSION
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        onnx.save(proto, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as temporary:
+        onnx.save(proto, str(temporary))
     return path
 
 
