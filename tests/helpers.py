@@ -66,9 +66,10 @@ def settle(model: nn.Module, *batches: Tensor) -> nn.Module:
     model.train()
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.weight is not None:
                 module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.5, 0.5)
+                if module.bias is not None:
+                    module.bias.uniform_(-0.5, 0.5)
         for _ in range(5):
             for batch in batches:
                 model(batch)

@@ -1,11 +1,13 @@
 """lowbit: quantize PyTorch networks from 8 bits to 1, and prove the result on the target that runs it."""
 
 from lowbit import export
+from lowbit.advise import advise
+from lowbit.compare import compare
 from lowbit.core.observers import observers
 from lowbit.core.qtensor import QTensor, quantization_error
 from lowbit.core.spec import FP16, INT4, INT8, UINT8, PerChannel, PerGroup, PerTensor, QuantSpec
 from lowbit.errors import LowbitError
-from lowbit.model import QuantizedModel
+from lowbit.export.checkpoint import load, save
 from lowbit.ptq import calibrate, freeze, prepare, quantize
 from lowbit.recipe import Recipe, Rule, preset
 from lowbit.verify import verify
@@ -21,16 +23,19 @@ __all__ = [
     "PerTensor",
     "QTensor",
     "QuantSpec",
-    "QuantizedModel",
     "Recipe",
     "Rule",
+    "advise",
     "calibrate",
+    "compare",
     "export",
     "freeze",
+    "load",
     "observers",
     "prepare",
     "preset",
     "quantization_error",
     "quantize",
+    "save",
     "verify",
 ]

@@ -28,7 +28,7 @@ __all__ = ["Advice", "advise"]
 
 # fewer samples than this leave ranges to chance
 SAMPLES = 100
-# share of a tensor's evaluation values outside its calibrated range, and how many times the share on calibration data
+# share of a tensor's evaluation values outside its range, and how many times the share on calibration data
 OUTSIDE, TIMES = 0.005, 4
 # evaluation that spans less of a range than this leaves most codes unused
 SPAN = 0.25
@@ -208,7 +208,7 @@ def _weights_only(q: QuantizedModel) -> Advice | None:
         return None
     return Advice(
         "weights only",
-        f"{weights} layers have quantized weights, 0 tensors of activations are integers",
+        f"quantized weights in {weights} layers, integer activations in 0",
         "the file is smaller, but every operation computes in float: no integer kernel runs",
         "for speed give the rules activation=UINT8 (presets w8a8, w4a8) and calibration data",
     )
@@ -216,15 +216,12 @@ def _weights_only(q: QuantizedModel) -> Advice | None:
 
 def _spread_channels(model: nn.Module, q: QuantizedModel) -> Advice | None:
     """Convolutions with one scale for all channels, although these differ."""
-    nodes = {str(n.target): n for n in layer_nodes(q.graph)}
-    layers = {path: module_of(node) for path, node in nodes.items()}
+    layers = {str(n.target): module_of(n) for n in layer_nodes(q.graph)}
     layers = {path: layer for path, layer in layers.items() if _is_per_tensor_conv(layer)}
     if not layers:
         return None
     twin, _ = float_graph(model, q.recipe, q.example)
-    rows = [
-        (path, *_spread_and_gain(layer, twin.get_submodule(path).weight)) for path, layer in layers.items()
-    ]
+    rows = [(p, *_spread_and_gain(m, twin.get_parameter(f"{p}.weight"))) for p, m in layers.items()]
     spread, gain = median(r[1] for r in rows), median(r[2] for r in rows)
     if spread <= SPREAD:
         return None
@@ -232,8 +229,8 @@ def _spread_channels(model: nn.Module, q: QuantizedModel) -> Advice | None:
     tried = q.recipe.equalize or any(step.name == "equalize" for step in q.steps)
     return Advice(
         "channel ranges",
-        f"in {len(rows)} convolutions with one scale for the weight the largest channel is {spread:.1f} times "
-        f"the smallest (median; {worst:.1f} in '{name}')",
+        f"the largest channel is {spread:.1f} times the smallest (median of {len(rows)} convolutions with "
+        f"one scale; {worst:.1f} in '{name}')",
         f"small channels have few codes; a scale per channel gains {gain:.1f} dB of weight SQNR (median)",
         "granularity=PerChannel(0) for weights" + ("" if tried else ", or equalize=True in the recipe"),
     )
@@ -246,8 +243,9 @@ def _is_per_tensor_conv(layer: nn.Module) -> bool:
     return spec.kind == "int" and spec.granularity == PerTensor()
 
 
-def _spread_and_gain(layer: QLayer, weight: Tensor) -> tuple[float, float]:
+def _spread_and_gain(layer: nn.Module, weight: Tensor) -> tuple[float, float]:
     """Largest over smallest channel range, and the weight SQNR in dB that a scale per channel would gain."""
+    assert isinstance(layer, QLayer)
     weight, spec = weight.detach(), layer.weight_quantizer.spec
     ranges = weight.movedim(layer.channel_axis, 0).flatten(1).abs().amax(dim=1)
     ranges = ranges[ranges > 0]

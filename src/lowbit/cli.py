@@ -18,10 +18,12 @@ from typing import Annotated, Any, TextIO
 
 import torch
 import typer
+import yaml
 
 import lowbit
 from lowbit import cli_inputs
 from lowbit.errors import LowbitError
+from lowbit.model import QuantizedModel
 from lowbit.tables import text_table
 
 __all__ = ["app", "main"]
@@ -236,7 +238,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _check_fit(q: lowbit.QuantizedModel, batches: Any) -> None:
+def _check_fit(q: QuantizedModel, batches: Any) -> None:
     """Whether the model takes the first batch: else the runtime's own words would reach the user."""
     from lowbit.graph.trace import Inputs
 
@@ -283,7 +285,7 @@ def inspect(
         found = contents(cli_inputs.existing(file, "file"))
         answer.say(found)
         if found.recipe is not None:
-            answer.say(f"recipe: {json.dumps(found.recipe)}")
+            answer.say("\n" + yaml.safe_dump(found.recipe, sort_keys=False, default_flow_style=None))
         answer.record |= asdict(found)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,10 @@ class Contents:
         return sum(layer.bits * layer.weights for layer in self.layers) / max(weights, 1)
 
     def __str__(self) -> str:
-        rows = [(r.name, r.stored, str(r.bits), f"{r.weights:,}", f"{r.bytes:,}") for r in self.layers]
+        rows = [
+            (r.name, r.stored, str(r.bits or ""), f"{r.weights:,}" if r.weights else "", f"{r.bytes:,}")
+            for r in self.layers
+        ]
         rest = self.bytes - sum(layer.bytes for layer in self.layers)
         table = text_table(("layer", "stored as", "bits", "weights", "bytes"), rows)
         sums = f"{self.bytes:,} bytes, {rest:,} of them structure; {self.average_bits:.2f} bits a weight"
@@ -81,7 +83,7 @@ def _of_checkpoint(path: Path) -> Contents:
     floats = {n: size for n, size in sizes.items() if not n.endswith((".scale", ".zero_point"))}
     rows += [LayerBytes(n, "float32", 32, tensors[n].numel(), size) for n, size in floats.items()]
     scales = sum(sizes.values()) - sum(floats.values())
-    rows.append(LayerBytes("(scales of activations)", "float32", 32, 0, scales))
+    rows.append(LayerBytes("(scales of activations)", "", 0, 0, scales))
     return Contents(str(path), "lowbit checkpoint", path.stat().st_size, tuple(rows), record.recipe.to_dict())
 
 
@@ -92,25 +94,28 @@ def _of_onnx(path: Path) -> Contents:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:
         raise LowbitError(f"'{path}' is not a readable ONNX file: {type(error).__name__}") from error
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[tuple[int, str]]] = {}
     for tensor in model.graph.initializer:
-        groups.setdefault(_layer_of(tensor.name), []).append(tensor)
-    rows = [_onnx_row(name, tensors) for name, tensors in groups.items()]
-    return Contents(str(path), "ONNX", path.stat().st_size, tuple(rows))
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        groups.setdefault(_layer_of(tensor.name), []).append((math.prod(tensor.dims), kind))
+    rows = [_onnx_row(name, sized) for name, sized in groups.items()]
+    layers = [row for row in rows if row.weights > 1 and row.stored != "int64"]
+    rest = sum(row.bytes for row in rows) - sum(row.bytes for row in layers)
+    layers.append(LayerBytes("(scales of activations, constants)", "", 0, 0, rest))
+    return Contents(str(path), "ONNX", path.stat().st_size, tuple(layers))
 
 
-def _onnx_row(name: str, tensors: Iterable[Any]) -> LayerBytes:
+def _onnx_row(name: str, sized: list[tuple[int, str]]) -> LayerBytes:
     """The largest tensor of a layer is its weight."""
-    from onnx import TensorProto
-
-    sized = [(math.prod(t.dims), TensorProto.DataType.Name(t.data_type).lower(), t) for t in tensors]
-    count, kind, _ = max(sized, key=lambda s: s[0])
-    kind = {"float": "float32", "double": "float64"}.get(kind, kind)
-    total = sum(math.ceil(n * _bits(k) / 8) for n, k, _ in sized)
-    return LayerBytes(name, kind, _bits(kind), count, total)
+    count, kind = max(sized)
+    total = sum(math.ceil(n * _bits(k) / 8) for n, k in sized)
+    return LayerBytes(
+        name, {"float": "float32", "double": "float64"}.get(kind, kind), _bits(kind), count, total
+    )
 
 
 def _bits(kind: str) -> int:
+    """Of one element of an ONNX type: int4, float16, bfloat16, float8e4m3fn, ..."""
     digits = "".join(c for c in kind.partition("e")[0] if c.isdigit())
     return int(digits) if digits else {"float": 32, "double": 64}.get(kind, 8)
 

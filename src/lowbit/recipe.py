@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 from lowbit.core.observers import observers
 from lowbit.core.spec import FP16, INT4, INT8, UINT8, Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
 from lowbit.errors import LowbitError, near_miss
+from lowbit.files import atomic_path
 
 __all__ = ["Recipe", "Rule", "Target", "preset", "presets"]
 
@@ -58,6 +59,11 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        for field in ("match", "observer", "reason"):
+            if not isinstance(getattr(self, field), str):
+                raise LowbitError(
+                    f"{field}={getattr(self, field)!r} is not text; a rule is plain data, so write a name"
+                )
         observers.get(self.observer)
         if self.weight_observer not in ("mse", "minmax"):
             raise LowbitError(f"weight_observer='{self.weight_observer}' is unknown; use 'mse' or 'minmax'")
@@ -97,6 +103,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        for flag in ("fold_bn", "equalize"):
+            if not isinstance(getattr(self, flag), bool):
+                raise LowbitError(f"{flag}={getattr(self, flag)!r} is neither True nor False")
         if not self.rules:
             raise LowbitError("a recipe without rules quantizes nothing; add Rule(match='*', ...)")
         for step in self.refine:
@@ -160,18 +169,31 @@ class Recipe:
             raise LowbitError(f"recipe '{path}': {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write a YAML file that `load` reads."""
+        """Write a YAML file that `load` reads.
+
+        Raises:
+            LowbitError: the path cannot be written; what was there stays.
+        """
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        with atomic_path(path) as temporary:
+            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod
     def get(cls, recipe: str | Path | Recipe | dict[str, Any]) -> Recipe:
-        """A recipe, its plain data, the name of a preset, or the path of a YAML file."""
+        """A recipe, its plain data, the name of a preset, or the path of a YAML file.
+
+        Raises:
+            LowbitError: none of these, or not a valid one.
+        """
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, dict):
             return cls.from_dict(recipe)
+        if not isinstance(recipe, (str, Path)):
+            raise LowbitError(
+                f"a {type(recipe).__name__} is no recipe; pass a Recipe, a dict, a name or a path"
+            )
         if isinstance(recipe, Path) or Path(recipe).suffix in (".yaml", ".yml", ".json"):
             return cls.load(recipe)
         return preset(recipe)
@@ -191,7 +213,7 @@ def _spec(value: Any) -> QuantSpec:
         return value
     if isinstance(value, dict):
         return QuantSpec.from_dict(value)
-    if value not in _SPECS:
+    if not isinstance(value, str) or value not in _SPECS:
         raise LowbitError(f"no spec is named '{value}'{near_miss(str(value), _SPECS)}")
     return _SPECS[value]
 

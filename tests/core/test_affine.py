@@ -53,7 +53,7 @@ def specs(bits: int, granularity: Granularity) -> Iterator[QuantSpec]:
                 signed=signed,
                 symmetric=symmetric,
                 narrow=narrow,
-                scale=scale,  # type: ignore[arg-type]
+                scale=scale,
                 rounding=rounding,  # type: ignore[arg-type]
                 granularity=granularity,
             )
@@ -134,7 +134,9 @@ def test_simulation_equals_codes(bits: int, granularity: Granularity) -> None:
     for spec in specs(bits, granularity):
         lo, hi = group_amin_amax(x, spec)
         qparams = choose_qparams(lo / 2, hi / 2, spec)
-        assert torch.equal(fake_quantize(x, *qparams, spec), dequantize(quantize(x, *qparams, spec), *qparams))
+        assert torch.equal(
+            fake_quantize(x, *qparams, spec), dequantize(quantize(x, *qparams, spec), *qparams)
+        )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -223,7 +225,9 @@ def test_zero_is_exact(lo: float, hi: float, bits: int, signed: bool, pow2: bool
 
 
 @given(st.integers(1, 16), st.booleans(), st.booleans(), st.floats(2**-59, 2**100, width=32), st.integers())
-def test_codes_survive_a_second_time(bits: int, signed: bool, symmetric: bool, step: float, zero: int) -> None:
+def test_codes_survive_a_second_time(
+    bits: int, signed: bool, symmetric: bool, step: float, zero: int
+) -> None:
     """quantize(dequantize(codes)) is codes, for every code."""
     if bits == 1 and signed:
         symmetric = False
@@ -245,7 +249,9 @@ def test_order_is_kept(values: list[float]) -> None:
 
 def test_symmetric_range_uses_the_larger_side() -> None:
     spec = QuantSpec(bits=8)
-    scales = [choose_qparams(torch.tensor([lo]), torch.tensor([hi]), spec)[0].item() for lo, hi in [(-1, 0), (0, 1)]]
+    scales = [
+        choose_qparams(torch.tensor([lo]), torch.tensor([hi]), spec)[0].item() for lo, hi in [(-1, 0), (0, 1)]
+    ]
     assert scales == [1 / 128, np.float32(1 / 127)]
     narrow = QuantSpec(bits=8, narrow=True)
     assert choose_qparams(torch.tensor([-1.0]), torch.tensor([0.0]), narrow)[0].item() == np.float32(1 / 127)

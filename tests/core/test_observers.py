@@ -239,7 +239,9 @@ def test_adaptive_percentile_is_the_best_of_them(kind: str, bits: int) -> None:
 def test_adaptive_percentile_follows_the_bits() -> None:
     """Fewer codes are worth more clipping."""
     x = [torch.randn(100_000)]
-    ends = [observed("adaptive_percentile", replace(PER_TENSOR, bits=b), x).range()[1].item() for b in (2, 4, 8)]
+    ends = [
+        observed("adaptive_percentile", replace(PER_TENSOR, bits=b), x).range()[1].item() for b in (2, 4, 8)
+    ]
     assert ends == sorted(ends)
     assert ends[0] < ends[2]
 
@@ -285,7 +287,7 @@ def test_not_finite(name: str, value: float) -> None:
     observer = observed(name, PER_CHANNEL, x[:1])
     before = copy.deepcopy(observer)
     x[1][0, 0, 0, 0] = value
-    with pytest.raises(LowbitError, match="a calibration tensor holds . NaN and . infinite values"):
+    with pytest.raises(LowbitError, match=r"a calibration tensor holds \d NaN and \d infinite values"):
         observer.update(x[1])
     assert_same(observer, before)
 
@@ -338,7 +340,10 @@ def test_memory_layouts(name: str, spec: QuantSpec, batch: int) -> None:
         torch.randn(4, 3)[::2],
     ]
     for view in strided:
-        assert_same(observed(name, spec, [view]), observed(name, spec, [view.clone(memory_format=torch.contiguous_format)]))
+        assert_same(
+            observed(name, spec, [view]),
+            observed(name, spec, [view.clone(memory_format=torch.contiguous_format)]),
+        )
 
 
 @every_observer

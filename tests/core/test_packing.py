@@ -89,7 +89,11 @@ def test_shapes_and_views() -> None:
     [
         (torch.tensor([4], dtype=torch.int8), 3, r"codes from 4 to 4 do not fit 3 bits, which hold -4\.\.3"),
         (torch.tensor([-5, 3], dtype=torch.int8), 3, "codes from -5 to 3 do not fit"),
-        (torch.tensor([1, 8], dtype=torch.uint8), 3, r"codes from 1 to 8 do not fit 3 bits, which hold 0\.\.7"),
+        (
+            torch.tensor([1, 8], dtype=torch.uint8),
+            3,
+            r"codes from 1 to 8 do not fit 3 bits, which hold 0\.\.7",
+        ),
         (torch.tensor([1], dtype=torch.int16), 8, "packing takes int8 or uint8"),
         (torch.tensor([1], dtype=torch.int8), 0, "1 to 8 bits, not 0"),
         (torch.tensor([1], dtype=torch.int8), 12, "not 12; wider codes are stored as whole bytes"),

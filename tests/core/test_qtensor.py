@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -138,7 +139,9 @@ def test_bytes_are_those_of_the_packed_codes(bits: int) -> None:
     assert q.nbytes == pack(q.codes, bits).numel() + 5 * 4 + 5 * 4
 
 
-@pytest.mark.parametrize(("bits", "signed", "width"), [(9, True, 2), (12, True, 2), (16, True, 2), (16, False, 4)])
+@pytest.mark.parametrize(
+    ("bits", "signed", "width"), [(9, True, 2), (12, True, 2), (16, True, 2), (16, False, 4)]
+)
 def test_bytes_of_wide_codes_are_whole(bits: int, signed: bool, width: int) -> None:
     q = QTensor.quantize(normal(5, 7), QuantSpec(bits=bits, signed=signed))
     assert q.nbytes == q.codes.element_size() * 35 + 4 == width * 35 + 4
@@ -220,7 +223,7 @@ def test_theory_of_half_precision() -> None:
 def test_each_bit_is_worth_six_decibels() -> None:
     x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
     sqnr = [quantization_error(x, QuantSpec(bits=bits, narrow=True)).sqnr_db for bits in range(5, 13)]
-    for a, b in zip(sqnr, sqnr[1:], strict=False):
+    for a, b in itertools.pairwise(sqnr):
         assert b - a == pytest.approx(20 * math.log10(2), abs=0.5)
 
 

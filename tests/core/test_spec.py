@@ -111,7 +111,11 @@ def test_scale_shape(granularity: Any, shape: tuple[int, ...], scale_shape: tupl
 @pytest.mark.parametrize(
     ("granularity", "shape", "message"),
     [
-        (PerGroup(1, 48), (8, 100), "group size 48 does not divide the 100 entries of axis 1 .*; use 50 or 25"),
+        (
+            PerGroup(1, 48),
+            (8, 100),
+            "group size 48 does not divide the 100 entries of axis 1 .*; use 50 or 25",
+        ),
         (PerGroup(1, 4), (8, 7), "use 7 or 1"),
         (PerGroup(1, 32), (8, 3, 3, 3), "does not divide the 3 entries"),
         (PerGroup(2, 1), (8, 3), "axis 2 does not exist in a tensor of shape"),
@@ -168,7 +172,10 @@ def test_granularity_by_name() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"bits": 8, "granularity": "row"}, "granularity 'row' is unknown; use one of tensor, channel, group"),
+        (
+            {"bits": 8, "granularity": "row"},
+            "granularity 'row' is unknown; use one of tensor, channel, group",
+        ),
         ({"bits": 8, "granularity": {"axis": 1}}, "granularity None is unknown"),
         ({"bits": 8, "granularity": {"per": "tensor", "axis": 1}}, "not a quantization spec"),
         ({"bits": 8, "width": 4}, "not a quantization spec: .*width"),

@@ -22,6 +22,7 @@ from lowbit import FP16, INT4, INT8, UINT8, LowbitError, PerGroup, PerTensor, Qu
 from lowbit.core.qtensor import QTensor
 from lowbit.export import checkpoint
 from lowbit.export.checkpoint import load, save
+from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 
 
@@ -109,7 +110,7 @@ RECIPES: dict[str, Any] = {"grouped": GROUPED} | {name: name for name in ("w8a8"
 
 def quantized(
     build: Callable[[], nn.Module] = Residual, data: Any = None, recipe: Any = "w8a8"
-) -> lowbit.QuantizedModel:
+) -> QuantizedModel:
     """A frozen model; its weights come from seed 0."""
     torch.manual_seed(0)
     return lowbit.quantize(build().eval(), recipe, calibration=[images() if data is None else data])

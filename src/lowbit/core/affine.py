@@ -97,7 +97,8 @@ def _round_(x: Tensor, spec: QuantSpec) -> Tensor:
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """clamp(round(x / scale) + zero_point), still as floating point numbers.
 
-    In place but for the quotient, and with a zero point of the type of `x`: on activations memory is what takes the time.
+    In place but for the quotient, and with a zero point of the type of `x`: on activations memory is what
+    takes the time.
     """
     codes = _round_(x / scale, spec)
     if zero_point is not None:

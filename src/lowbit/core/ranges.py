@@ -166,20 +166,21 @@ def best_percentile(error: ErrorOfRange, counts: Tensor, edges: Tensor, ends: tu
 def kl_range(counts: Tensor, edges: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The threshold whose quantized distribution diverges least from the clipped one (Migacz, GTC 2017).
 
-    Magnitudes are resampled into `KL_BINS` even bins. For each threshold the distribution P, its outliers
-    gathered in the last bin, is compared with Q, the same bins merged into as many levels as the spec has
-    codes for magnitudes and spread back over the bins that were not empty; the threshold with the least
-    KL(P || Q) wins.
+    Magnitudes are resampled into `KL_BINS` even bins up to the largest. For each threshold the distribution
+    P, its outliers gathered in the last bin, is compared with Q, the same bins merged into as many levels as
+    the spec has codes for magnitudes and spread back over the bins that were not empty; the threshold with
+    the least KL(P || Q) wins.
     """
-    magnitudes = _even_bins(counts, edges)
+    half = len(counts) // 2
+    folded, ends = counts[half + 1 :] + counts[:half].flip(0), edges[half + 1 :]  # without the bin of zero
+    used = int(torch.nonzero(folded).max()) + 1 if folded.any() else 0
+    magnitudes = _even_bins(folded[:used], ends[: used + 1])
     levels = _magnitude_levels(counts, spec)
-    filled = torch.nonzero(magnitudes)
-    top = int(filled.max()) + 1 if len(filled) else 1
-    threshold = top
-    if top > levels:
-        candidates = torch.linspace(levels, top, min(KL_CANDIDATES, top - levels + 1)).round().int().tolist()
-        threshold = min(candidates, key=lambda n: _divergence(magnitudes, n, levels))
-    end = edges[-1] * threshold / KL_BINS
+    threshold = KL_BINS
+    if used and levels < KL_BINS:
+        candidates = torch.linspace(levels, KL_BINS, min(KL_CANDIDATES, KL_BINS - levels + 1)).round().int()
+        threshold = min(candidates.tolist(), key=lambda n: _divergence(magnitudes, n, levels))
+    end = ends[used] * threshold / KL_BINS
     return -end, end
 
 
@@ -193,13 +194,11 @@ def _magnitude_levels(counts: Tensor, spec: QuantSpec) -> int:
 
 
 def _even_bins(counts: Tensor, edges: Tensor) -> Tensor:
-    """Counts of |x| over even bins from 0 to the last edge, float64 [KL_BINS], without the bin of zero."""
-    half = len(counts) // 2
-    magnitudes, ends = counts[half + 1 :] + counts[:half].flip(0), edges[half + 1 :]
-    below = _cumulative(magnitudes)
-    grid = torch.linspace(0.0, 1.0, KL_BINS + 1, dtype=torch.float64) * ends[-1]
-    at = torch.searchsorted(ends, grid, right=True).clamp(1, len(ends) - 1)
-    share = ((grid - ends[at - 1]) / (ends[at] - ends[at - 1])).clamp(0, 1)
+    """The same counts over even bins from 0 to the last edge, float64 [KL_BINS]."""
+    below = _cumulative(counts)
+    grid = torch.linspace(0.0, 1.0, KL_BINS + 1, dtype=torch.float64) * edges[-1]
+    at = torch.searchsorted(edges, grid, right=True).clamp(1, len(edges) - 1)
+    share = ((grid - edges[at - 1]) / (edges[at] - edges[at - 1])).clamp(0, 1)
     return (below[at - 1] + share * (below[at] - below[at - 1])).diff()
 
 

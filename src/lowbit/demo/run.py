@@ -22,6 +22,7 @@ from lowbit.bench import time_files, timing_table
 from lowbit.demo.data import load_images
 from lowbit.demo.network import load_network
 from lowbit.files import atomic_path
+from lowbit.model import QuantizedModel
 from lowbit.progress import track
 from lowbit.tables import text_table
 
@@ -169,7 +170,7 @@ def _quantize(preset: str, observer: str, out: Path, size: Size) -> Score:
     return Score(preset, observer, _share(found, data.labels), _share(found, data.answers))
 
 
-def _write(out: Path, network: nn.Module, kept: dict[str, lowbit.QuantizedModel], example: Tensor) -> Files:
+def _write(out: Path, network: nn.Module, kept: dict[str, QuantizedModel], example: Tensor) -> Files:
     """Write the files that are not there yet; the paths of all."""
     files: Files = {("float", "onnx"): lowbit.export.float_onnx(network, out / "float.onnx", example)}
     for preset, q in kept.items():

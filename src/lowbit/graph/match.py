@@ -167,7 +167,7 @@ def batchnorms(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
         elif not (isinstance(before, fx.Node) and _is_foldable(before)):
             why = "no layer stands right before it"
         elif counts[id(module_of(before))] > 1:
-            why = f"'{before.meta['name']}' is called more than once"
+            why = f"'{rule_name(before)}' is called more than once"
         elif len(before.users) > 1:
             why = f"the output of '{before.meta['name']}' is read elsewhere too"
         elif owners[id(module_of(before).weight)] > 1:

@@ -69,7 +69,8 @@ def first_module_difference(file: Sequence[Part], model: nn.Module) -> str | Non
 
 
 def _parts(node: fx.Node) -> Iterator[Part]:
-    name, reads = str(node.meta.get("name", node.op)), _text((tuple(node.args), dict(node.kwargs)))
+    name = str(node.meta.get("name", node.op))
+    reads = ", ".join([*map(_text, node.args), *(f"{k}={_text(v)}" for k, v in node.kwargs.items())])
     if node.op == "call_module":
         first, *inner = _modules(name, module_of(node))
         yield first._replace(fields={"reads": reads, **first.fields})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from lowbit.graph.match import batchnorms
 from lowbit.graph.ops import module_of
@@ -27,8 +28,8 @@ def fold_bn(gm: fx.GraphModule) -> list[tuple[str, str]]:
             kept.append((str(node.meta["name"]), why))
             continue
         layer, bn = module_of(node.args[0]), module_of(node)
-        gain = bn.weight.detach() if bn.affine else bn.running_mean.new_ones(bn.num_features)
-        shift = bn.bias.detach() if bn.affine else bn.running_mean.new_zeros(bn.num_features)
+        gain = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight.detach()
+        shift = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias.detach()
         _fold(layer, gain / (bn.running_var + bn.eps).sqrt(), bn.running_mean, shift)
         statistics[node.args[0].meta["name"]] = (shift.clone(), gain.abs())
         remove(gm, node)
@@ -36,7 +37,7 @@ def fold_bn(gm: fx.GraphModule) -> list[tuple[str, str]]:
     return kept
 
 
-def _fold(layer: nn.Module, factor: nn.Parameter, mean: nn.Parameter, shift: nn.Parameter) -> None:
+def _fold(layer: nn.Module, factor: Tensor, mean: Tensor, shift: Tensor) -> None:
     axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
     weight = layer.weight.detach()
     per_weight = factor
