@@ -29,10 +29,12 @@ def deploy(name: str, recipe: str | Recipe, folder: Path) -> Parity:
 def test_every_code_equals_the_integer_reference(name: str, recipe: str, tmp_path: Path) -> None:
     parity = deploy(name, recipe, tmp_path)
     assert parity.layers
-    # softmax and LayerNorm are floating point: they may round one code in thousands the other way, and it spreads
-    least = 0.999 if name == "attention" else 1.0
-    assert min(layer.equal for layer in parity.layers) >= least, parity
-    assert parity.exact or name == "attention"
+    equal = [layer.equal for layer in parity.layers]
+    if name == "attention":  # softmax is computed in floats: a code may round the other way there, and it spreads
+        exact = [layer.name for layer in parity.layers].index("softmax")
+        assert set(equal[:exact]) == {1.0} and min(equal) > 0.99, str(parity)
+    else:
+        assert parity.exact, str(parity)
     assert min(layer.simulation_equal for layer in parity.layers) > 0.99
     assert parity.ok
 
@@ -51,7 +53,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", ["pools", "shortcuts"])
 def test_integer_recipes_are_exact(name: str, label: str, tmp_path: Path) -> None:
     parity = deploy(name, Recipe(rules=(RECIPES[label],)), tmp_path)
-    assert parity.exact, parity
+    assert parity.exact, str(parity)
 
 
 FLOAT_KERNELS = {
@@ -66,7 +68,7 @@ FLOAT_KERNELS = {
 def test_recipes_without_integer_kernels_stay_close(name: str, recipe: str, tmp_path: Path) -> None:
     chosen = Recipe(rules=(FLOAT_KERNELS[recipe],)) if recipe in FLOAT_KERNELS else recipe
     parity = deploy(name, chosen, tmp_path)
-    assert parity.ok, parity
+    assert parity.ok, str(parity)
 
 
 def test_a_wrong_file_is_found_out(tmp_path: Path) -> None:

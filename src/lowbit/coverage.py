@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from lowbit.graph.match import batchnorms, path_name, quantizer_of, rule_name, tail_of, tensor_inputs
+from lowbit.graph.match import path_name, quantizer_of, rule_name, tail_of, tensor_inputs
 from lowbit.graph.ops import INTEGER, is_tensor, kind_of, label, module_of
 from lowbit.graph.trace import Note
 from lowbit.nn.layers import BoundLayer, QLayer, obstacle, quantized_layer
@@ -60,14 +60,13 @@ class Coverage:
 
 def coverage_of(gm: fx.GraphModule, recipe: Recipe, notes: Sequence[Note]) -> Coverage:
     """Read the table off the graph itself, so that it cannot say what is not there."""
-    folds = {node: why for node, why in batchnorms(gm)}
-    rows = [row for node in gm.graph.nodes if (row := _row(node, recipe, folds)) is not None]
+    rows = [row for node in gm.graph.nodes if (row := _row(node)) is not None]
     for leaf in gm.meta["leaves"]:
         rows += _inside(gm, leaf)
     return Coverage(tuple(rows), tuple(notes))
 
 
-def _row(node: fx.Node, recipe: Recipe, folds: dict[fx.Node, str]) -> Row | None:
+def _row(node: fx.Node) -> Row | None:
     kind = kind_of(node)
     if node.op in ("placeholder", "output", "get_attr") or kind in ("quantizer", "pass") or not _computes(node):
         return None
@@ -82,9 +81,10 @@ def _row(node: fx.Node, recipe: Recipe, folds: dict[fx.Node, str]) -> Row | None
         return Row(name, op, "float", output=output, why="no rule asks for its activations", cure=cure)
     if kind == "clamp" and _fused(node):
         return Row(name, op, "integer", output=output, why=f"part of '{_producer(node)}'")
-    if node in folds:
-        why = folds[node] or "fold_bn is off in the recipe"
-        cure = "put it right behind a layer of its own" if folds[node] else "fold_bn=True"
+    if node.op == "call_module" and isinstance(module_of(node), (nn.BatchNorm1d, nn.BatchNorm2d)):
+        why = node.graph.owning_module.meta.get("unfolded", {}).get(name)
+        cure = "put it right behind a layer of its own" if why else "fold_bn=True"
+        why = why or "fold_bn is off in the recipe"
         return Row(name, op, "float", output=output, why=f"not folded: {why}", cure=cure)
     return Row(name, op, "float", output=output, why=_why_float(node), cure=_cure(node))
 

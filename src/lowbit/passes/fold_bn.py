@@ -16,7 +16,8 @@ def fold_bn(gm: fx.GraphModule) -> list[tuple[str, str]]:
     """Multiply each BatchNorm into the weight and bias before it, in place.
 
     y = gamma (W x + b - mean) / sqrt(var + eps) + beta. The mean beta and the deviation |gamma| of each channel are kept
-    in `gm.meta["statistics"]` under the name of the layer, for analytic bias correction.
+    in `gm.meta["statistics"]` under the name of the layer, for analytic bias correction; what is returned also stands in
+    `gm.meta["unfolded"]`, for the coverage table.
 
     Returns:
         (name, reason) of each BatchNorm that stays.
@@ -34,6 +35,7 @@ def fold_bn(gm: fx.GraphModule) -> list[tuple[str, str]]:
         statistics[node.args[0].meta["name"]] = (shift.clone(), gain.abs())
         remove(gm, node)
     finish(gm)
+    gm.meta["unfolded"] = dict(kept)
     return kept
 
 

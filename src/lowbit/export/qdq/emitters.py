@@ -23,7 +23,7 @@ from lowbit.nn.quantizer import Quantizer
 
 __all__ = ["CODES", "Clamped", "EmitGlobalAveragePool", "EmitQuantizer", "NIBBLES", "NIBBLES_CAST", "emit_layer"]
 
-# metadata key of the QuantizeLinear whose codes `verify` reads, and marks of initializers that become 4-bit tensors:
+# metadata key of the operator whose codes `verify` reads, and marks of initializers that become 4-bit tensors:
 # read as they are, or cast to int8 first, which the runtime does once while loading and integer kernels need
 CODES = "lowbit.codes"
 NIBBLES, NIBBLES_CAST = "nibbles", "nibbles_cast"
@@ -69,9 +69,12 @@ class EmitQuantizer(nn.Module):
             return x.half().float()
         axis = {} if self.axis is None else {"axis": self.axis}
         grid = (self.scale, self.zero_point)
-        codes = op("QuantizeLinear", (x, *grid), self.dtype, x.shape, metadata={CODES: self.name}, **axis)
-        if self.clips:
-            codes = op("Clip", (codes, self.qmin, self.qmax), self.dtype, x.shape)
+        mark = {CODES: self.name}
+        if not self.clips:
+            codes = op("QuantizeLinear", (x, *grid), self.dtype, x.shape, metadata=mark, **axis)
+        else:
+            codes = op("QuantizeLinear", (x, *grid), self.dtype, x.shape, **axis)
+            codes = op("Clip", (codes, self.qmin, self.qmax), self.dtype, x.shape, metadata=mark)
         return op("DequantizeLinear", (codes, *grid), torch.float32, x.shape, **axis)
 
 
