@@ -1,7 +1,7 @@
 """Is the file the model that was measured? Codes of the exported file, read while ONNX Runtime runs it.
 
-Every quantized tensor of the file is compared with the integer reference, which must be equal, and with the float
-simulation, which differs by the rounding of single codes that later layers carry on.
+Every quantized tensor of the file is compared with the integer reference, which must be equal, and with the
+float simulation, which differs by the rounding of single codes that later layers carry on.
 
     python benchmarks/parity.py --data ../shared/data
 """
@@ -23,7 +23,18 @@ from common import Claim, Table, arguments, progress, report
 from lowbit.demo import load_images, load_network
 from networks import load_cifar
 
-COLUMNS = ("network", "bits", "tensors", "codes", "equal", "max LSB", "output equal", "sim. equal", "sim. max LSB", "sim. top-1")
+COLUMNS = (
+    "network",
+    "bits",
+    "tensors",
+    "codes",
+    "equal",
+    "max LSB",
+    "output equal",
+    "sim. equal",
+    "sim. max LSB",
+    "sim. top-1",
+)
 FORMATS = {"codes": ",d", "equal": ".6%", "output equal": ".6%", "sim. equal": ".3%", "sim. top-1": ".2%"}
 CIFAR_NETWORKS = ("resnet20-A", "resnet20-B")
 
@@ -38,7 +49,9 @@ def networks(options: Namespace) -> Iterator[tuple[str, nn.Module, list[Tensor],
         yield name, load_cifar(name, options.data), batches, list(x.split(100))
 
 
-def measure(name: str, bits: str, model: nn.Module, batches: list[Tensor], test: list[Tensor], folder: Path) -> dict[str, object]:
+def measure(
+    name: str, bits: str, model: nn.Module, batches: list[Tensor], test: list[Tensor], folder: Path
+) -> dict[str, object]:
     """One row: the worst of all tensors for each figure but the counts."""
     q = lowbit.quantize(model, bits, batches)
     parity = lowbit.verify(q, lowbit.export.onnx(q, folder / f"{name}.onnx"), test)
@@ -73,7 +86,11 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=1000, help="test images")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table(title=f"codes of the file in ONNX Runtime, {options.images} test images", columns=COLUMNS, formats=FORMATS)
+    table = Table(
+        title=f"codes of the file in ONNX Runtime, {options.images} test images",
+        columns=COLUMNS,
+        formats=FORMATS,
+    )
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as folder:
         for name, model, batches, test in networks(options):
             for bits in ("w8a8", "w4a8"):

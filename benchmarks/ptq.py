@@ -160,9 +160,7 @@ def claims(name: str, table: Table) -> Iterator[Claim]:
     corrected = rows.get(("lowbit", "w4a8", DEFAULT, DEFAULT, "channel"))
     if corrected:
         for metric, bound in FLOORS_W4A8.get(name, {}).items():
-            yield Claim(
-                claim=f"{name} w4a8 {metric}", measured=_number(corrected[metric]), bound=bound
-            )
+            yield Claim(claim=f"{name} w4a8 {metric}", measured=_number(corrected[metric]), bound=bound)
 
 
 def _number(cell: object) -> float:

@@ -114,7 +114,7 @@ def save(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         save_file(state, str(partial), metadata)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

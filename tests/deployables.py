@@ -1,4 +1,4 @@
-"""Small networks that between them hold every operation with an integer kernel, and calibration batches for each."""
+"""Small networks that between them hold every operation with an integer kernel, and batches for each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pools(nn.Module):
 
 
 class Gates(nn.Module):
-    """Products of activations, a transposed convolution, activations without an integer kernel, a dict output."""
+    """Products, a transposed convolution, activations without an integer kernel, a dict output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class TwoInputs(nn.Module):
 
 
 class Shortcuts(nn.Module):
-    """Padded and strided shortcuts as in option-A ResNets, depthwise and dilated convolution, folded BatchNorm."""
+    """Padded and strided shortcuts as in option-A ResNets, depthwise and dilated convolution, BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,11 +11,9 @@ from torch import Tensor, fx, nn
 
 from lowbit.core.qtensor import sqnr_db
 from lowbit.graph.inputs import Inputs
-from lowbit.graph.match import quantizer_of
 from lowbit.graph.ops import kind_of
 from lowbit.graph.run import flat_tensors
 from lowbit.graph.trace import trace
-from lowbit.nn.quantizer import Quantizer
 
 __all__ = [
     "STYLES",

@@ -67,7 +67,8 @@ FLOAT: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
     "MultiheadAttention": (
         lambda: Fn(
             lambda m, x: m.fc(m.mha(x[:, 0], x[:, 1], x[:, 2])[0]),
-            **{"mha": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 4)},
+            mha=nn.MultiheadAttention(8, 2),
+            fc=nn.Linear(8, 4),
         ),
         "mha",
         NO_KERNEL,
@@ -154,7 +155,9 @@ def test_a_rule_that_leaves_a_layer_in_float() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [Rule(weight=FP16, activation=UINT8), Rule(weight=INT8, activation=FP16)], ids=["weight", "inputs"]
+    "rule",
+    [Rule(weight=FP16, activation=UINT8), Rule(weight=INT8, activation=FP16)],
+    ids=["weight", "inputs"],
 )
 def test_half_precision_is_not_integer(rule: Rule) -> None:
     row = rows(BatchNormNet(), Recipe(rules=(rule,)))["a"]
@@ -164,7 +167,11 @@ def test_half_precision_is_not_integer(rule: Rule) -> None:
 def test_fold_bn_off() -> None:
     recipe = Recipe(rules=(Rule(weight=INT8, activation=UINT8),), fold_bn=False)
     row = rows(BatchNormNet(), recipe)["bn_a"]
-    assert (row.status, row.why, row.cure) == ("float", "not folded: fold_bn is off in the recipe", "fold_bn=True")
+    assert (row.status, row.why, row.cure) == (
+        "float",
+        "not folded: fold_bn is off in the recipe",
+        "fold_bn=True",
+    )
 
 
 def test_a_lookup() -> None:
@@ -207,3 +214,13 @@ def test_the_printed_table() -> None:
 def test_a_row_by_its_name() -> None:
     coverage = lowbit.quantize(settle(BatchNormNet(), image()), "w8a8", calibration=[image()]).coverage()
     assert coverage["fc"].op == "Linear"
+
+
+def test_the_reason_of_a_rule_is_shown() -> None:
+    got = rows(BatchNormNet(), preset("w4a8").with_rule(Rule(match="b", reason="too sensitive")))
+    edge = "the first and the last layer keep 8 bits"
+    assert [got[name].why for name in ("a", "b", "fc")] == [
+        edge,
+        "too sensitive; no rule asks for its weight",
+        edge,
+    ]

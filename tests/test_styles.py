@@ -1,4 +1,4 @@
-"""The seven styles of docs/architecture.md, from the model as written to a frozen one, with a table that is true."""
+"""The seven styles of docs/architecture.md, from the model as written to a frozen one, and its table."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def test_quantizing_as_written(style: str) -> None:
         assert type(got) is type(want)
         assert sqnr(want, got) > 20
         assert sqnr(want, got) < 100, "it is quantized"
-        assert [t.shape for t in flat_tensors(model(image(3)))] == [t.shape for t in flat_tensors(q(image(3)))]
+        assert [t.shape for t in flat_tensors(model(image(3)))] == [
+            t.shape for t in flat_tensors(q(image(3)))
+        ]
 
 
 @pytest.mark.parametrize("style", STYLES)

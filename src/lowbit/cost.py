@@ -35,13 +35,13 @@ class LayerCost:
 
     @property
     def bops(self) -> int:
-        """Bit operations: macs * weight bits * input bits (Baskin et al. 2021, without the accumulator term)."""
+        """macs * weight bits * input bits (Baskin et al. 2021, without the accumulator term)."""
         return self.macs * self.weight_bits * self.input_bits
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of all calls of layers, in the order of execution; only the first call of a layer counts its weights."""
+    """Costs of all calls of layers, in order; only the first call of a layer counts its weights."""
 
     layers: tuple[LayerCost, ...]
     # parameters and buffers outside these layers, in float
@@ -83,7 +83,7 @@ _Shapes = list[tuple[Tensor, Tensor]]
 
 
 def _calls(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module, int, _Shapes]]:
-    """Name, layer, bits of the input and shapes: of each call in the graph, then of each layer no graph reaches."""
+    """Name, layer, bits of the input and shapes: each call in the graph, then layers no graph reaches."""
     for node in gm.graph.nodes:
         if kind_of(node) == "layer":
             source = node.args[0]

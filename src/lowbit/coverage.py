@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -12,7 +12,6 @@ from lowbit.graph.ops import INTEGER, is_tensor, kind_of, label, module_of
 from lowbit.graph.trace import Note
 from lowbit.nn.layers import BoundLayer, QLayer, obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
-from lowbit.recipe import Recipe
 from lowbit.tables import text_table
 
 __all__ = ["Coverage", "Row", "coverage_of"]
@@ -50,25 +49,38 @@ class Coverage:
     def summary(self) -> str:
         counts = {s: sum(r.status == s for r in self.rows) for s in ("integer", "weight", "float")}
         return (
-            f"{len(self.rows)} operations: {counts['integer']} integer, {counts['weight']} with a quantized weight only, "
-            f"{counts['float']} in float"
+            f"{len(self.rows)} operations: {counts['integer']} integer, "
+            f"{counts['weight']} with a quantized weight only, {counts['float']} in float"
         )
 
     def __getitem__(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 
 
-def coverage_of(gm: fx.GraphModule, recipe: Recipe, notes: Sequence[Note]) -> Coverage:
+def coverage_of(gm: fx.GraphModule, notes: Sequence[Note]) -> Coverage:
     """Read the table off the graph itself, so that it cannot say what is not there."""
     rows = [row for node in gm.graph.nodes if (row := _row(node)) is not None]
     for leaf in gm.meta["leaves"]:
         rows += _inside(gm, leaf)
-    return Coverage(tuple(rows), tuple(notes))
+    reasons = {
+        d.name: d.rule.reason for d in gm.meta.get("decisions", ()) if d.rule is not None and d.rule.reason
+    }
+    return Coverage(tuple(_with_reason(row, reasons) for row in rows), tuple(notes))
+
+
+def _with_reason(row: Row, reasons: dict[str, str]) -> Row:
+    """What the author of the rule has to say comes first."""
+    reason = reasons.get(row.name) or reasons.get(row.name.partition("#")[0])
+    return replace(row, why="; ".join(filter(None, (reason, row.why)))) if reason else row
 
 
 def _row(node: fx.Node) -> Row | None:
     kind = kind_of(node)
-    if node.op in ("placeholder", "output", "get_attr") or kind in ("quantizer", "pass") or not _computes(node):
+    if (
+        node.op in ("placeholder", "output", "get_attr")
+        or kind in ("quantizer", "pass")
+        or not _computes(node)
+    ):
         return None
     name, op = str(node.meta["name"]), label(node)
     if kind == "layer":
@@ -106,7 +118,9 @@ def _layer_row(node: fx.Node, name: str, op: str) -> Row:
         return Row(name, op, "weight", weight, output=output, why="a table lookup")
     if not inputs:
         cure = f"Rule({match}, activation=UINT8)"
-        return Row(name, op, "weight", weight, output=output, why="no rule asks for its activations", cure=cure)
+        return Row(
+            name, op, "weight", weight, output=output, why="no rule asks for its activations", cure=cure
+        )
     if layer.weight_quantizer.spec.kind == "float" or not _all_integer(node):
         return Row(name, op, "weight", weight, inputs, output, why="no integer kernel for fp16")
     kernel = "ONNX Runtime has no integer kernel for it" if isinstance(layer, nn.ConvTranspose2d) else ""
@@ -149,7 +163,7 @@ def _producer(node: fx.Node) -> str:
 
 _CURES = {
     "the flow depends on the data": "replace the branch on data by torch.where",
-    "the flow depends on the size of the batch": "leave sizes to the input, as in x.new_zeros(x.shape[0], ...)",
+    "the flow depends on the size of the batch": "make sizes follow the input: x.new_zeros(x.shape[0])",
 }
 
 
@@ -181,7 +195,7 @@ _WEIGHTED = {nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, n
 def _leaf_reason(node: fx.Node) -> str | None:
     """Why a submodule could not be traced; None for other nodes."""
     assert node.graph.owning_module is not None
-    leaves: dict[str, str] = node.graph.owning_module.meta["leaves"]  # type: ignore[assignment]
+    leaves: dict[str, str] = node.graph.owning_module.meta["leaves"]
     return leaves.get(str(node.target)) if node.op == "call_module" else None
 
 

@@ -62,7 +62,7 @@ class QuantizedModel(nn.Module):
 
     def coverage(self) -> Coverage:
         """What is quantized, what stays in float, why, and how to change that."""
-        return coverage_of(self.graph, self.recipe, self.notes)
+        return coverage_of(self.graph, self.notes)
 
     def cost(self) -> Cost:
         """Bits, bytes, multiply-accumulates and bit operations of each layer."""

@@ -41,32 +41,40 @@ def quantize(
 ) -> QuantizedModel:
     """Post-training quantization in one call. The model is left as it was.
 
-    Trace, fold BatchNorm, equalize, place quantizers, calibrate, correct biases, freeze. Equalization and corrections are
-    kept only when they raise the SQNR of the output on the calibration data; `result.steps` says what each did.
+    Trace, fold BatchNorm, equalize, place quantizers, calibrate, correct biases, freeze. Equalization and
+    corrections are kept only when they raise the SQNR of the output on the calibration data; `result.steps`
+    says what each did.
 
     Args:
-        model: any nn.Module; it is evaluated, never trained.
-        recipe: a preset ("w8a8", "w8", "w4a8", "w4", "fp16"), a Recipe, or the path of a YAML file.
-        calibration: a DataLoader, a list, or any iterable of tensors, tuples (the first element is the input) or dicts
+        model: any nn.Module; it is evaluated, never trained. recipe: a preset ("w8a8", "w8", "w4a8", "w4",
+        "fp16"), a Recipe, or the path of a YAML file. calibration: a DataLoader, a list, or any iterable of
+        tensors, tuples (the first element is the input) or dicts
             (keyword arguments). Labels are never needed. Without it only weights can be quantized.
         num_batches: how many batches of it to use; all by default.
         example_inputs: one batch, for tracing, when there is no calibration data.
 
     Raises:
-        LowbitError: activations are to be quantized without data, a rule matches nothing, the model does not run.
+        LowbitError: activations are to be quantized without data, a rule matches nothing, the model does not
+        run.
     """
     recipe = Recipe.get(recipe)
     if calibration is None and recipe.quantizes_activations:
-        raise LowbitError("the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use 'w8'")
+        raise LowbitError(
+            "the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use 'w8'"
+        )
     if calibration is None:
         if example_inputs is None:
-            raise LowbitError("tracing needs one batch to see shapes; pass calibration=... or example_inputs=...")
+            raise LowbitError(
+                "tracing needs one batch to see shapes; pass calibration=... or example_inputs=..."
+            )
         return _quantize_without_data(model, recipe, Inputs.of(example_inputs))
     if isinstance(calibration, Iterator):
         calibration = list(batches(calibration, num_batches))
     example = next(batches(calibration, num_batches), None)
     if example is None:
-        raise LowbitError("the calibration data holds no batch; pass at least one (100 samples or more are wise)")
+        raise LowbitError(
+            "the calibration data holds no batch; pass at least one (100 samples or more are wise)"
+        )
 
     base, notes = float_graph(model, replace(recipe, equalize=False), example)
     trial = _Trial.on(base, example, notes, calibration, num_batches)
@@ -118,7 +126,7 @@ def freeze(q: QuantizedModel) -> QuantizedModel:
 
 
 def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.GraphModule, list[Note]]:
-    """The float model as the recipe prepares it: traced, folded, equalized; node for node the quantized one's twin."""
+    """The float model as the recipe prepares it: traced, folded, equalized; the quantized one's twin."""
     gm, notes = trace(model, example)
     if recipe.fold_bn:
         notes += [Note(name, f"BatchNorm stays, {why}") for name, why in fold_bn(gm)]
@@ -147,7 +155,12 @@ class _Trial:
 
     @classmethod
     def on(
-        cls, base: fx.GraphModule, example: Inputs, notes: list[Note], calibration: Any, num_batches: int | None
+        cls,
+        base: fx.GraphModule,
+        example: Inputs,
+        notes: list[Note],
+        calibration: Any,
+        num_batches: int | None,
     ) -> _Trial:
         sample = _sample(calibration, num_batches, base)
         with torch.inference_mode():
@@ -157,7 +170,9 @@ class _Trial:
     def calibrated(self, gm: fx.GraphModule, recipe: Recipe) -> QuantizedModel:
         """A quantized copy of a float graph."""
         return calibrate(
-            assemble(clone(gm), recipe, self.example, self.notes), self.calibration, num_batches=self.num_batches
+            assemble(clone(gm), recipe, self.example, self.notes),
+            self.calibration,
+            num_batches=self.num_batches,
         )
 
     def quality(self, gm: fx.GraphModule) -> float:
@@ -173,7 +188,7 @@ class _Trial:
     def equalize(
         self, q: QuantizedModel, base: fx.GraphModule, quality: float
     ) -> tuple[QuantizedModel, fx.GraphModule, float]:
-        """The better of `q` and its like with equalized weights, the float graph it came from, and its quality."""
+        """The better of `q` and its like with equalized weights, its float graph, and its quality."""
         scaled = clone(base)
         done = equalize(scaled)
         other = self.calibrated(scaled, replace(q.recipe, equalize=True))
@@ -207,7 +222,9 @@ def _quantize_without_data(model: nn.Module, recipe: Recipe, example: Inputs) ->
     calibrate(q, [])
     if recipe.refine:
         names = correct_bias_analytically(q.graph)
-        q.steps.append(Step("bias_correct", f"{len(names)} layers, from BatchNorm statistics, for there is no data"))
+        q.steps.append(
+            Step("bias_correct", f"{len(names)} layers, from BatchNorm statistics, for there is no data")
+        )
     return freeze(q)
 
 

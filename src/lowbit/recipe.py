@@ -263,7 +263,9 @@ def preset(
     wide = Rule(weight=replace(INT8, granularity=where), activation=activation, observer=observer)
     if name.startswith("w8"):
         return Recipe(rules=(wide,), equalize=where == PerTensor(), refine=("affine_correct",))
-    edge = replace(wide, weight=INT8, reason=_EDGES)
+    # a group size that suits the inner layers rarely divides the inputs of the first
+    edge = wide if where == PerTensor() else replace(wide, weight=INT8)
+    edge = replace(edge, reason=_EDGES)
     edges = tuple(replace(edge, match=f"role:{role}") for role in ("first", "last"))
     narrow = replace(wide, weight=replace(INT4, granularity=where))
     return Recipe(rules=(*edges, narrow), equalize=True, refine=("affine_correct",))

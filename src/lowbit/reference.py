@@ -1,4 +1,4 @@
-"""The integer reference: a frozen model run on codes, with the arithmetic of the kernels that will run the file."""
+"""The integer reference: a frozen model run on codes, with the arithmetic of the kernels of the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowbit.graph.match import is_global_pool
 from lowbit.graph.ops import clamp_bounds, kind_of, label, module_of
 from lowbit.graph.run import bind_inputs, evaluate, last_uses
 from lowbit.graph.trace import Inputs
-from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QLayer, QLinear
+from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QLinear
 from lowbit.nn.quantizer import Quantizer
 
 __all__ = ["Codes", "grid_of", "run_on_codes"]
@@ -54,7 +54,7 @@ class Accumulated:
         return value
 
     def round_to(self, grid: Grid) -> Tensor:
-        """Centred codes. A clamp costs nothing where the codes clamp at least as tightly; else it is done in float."""
+        """Centred codes. A clamp costs nothing where the codes clamp as tightly; else it is done in float."""
         if all(_is_free(bounds, grid) for bounds in self.clamps):
             return self.to_codes(grid)
         return integer.round_to(self.real(), grid)
@@ -109,7 +109,12 @@ def _run(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
         grid = grid_of(quantizer)
         if grid is not None:
             source = args[0]
-            return Codes(source.round_to(grid) if isinstance(source, Accumulated) else integer.round_to(_real(source), grid), grid)
+            return Codes(
+                source.round_to(grid)
+                if isinstance(source, Accumulated)
+                else integer.round_to(_real(source), grid),
+                grid,
+            )
     elif kind == "clamp" and isinstance(args[0], Accumulated):
         return Accumulated(args[0].to_codes, args[0].to_real, (*args[0].clamps, clamp_bounds(node)))
     elif kind == "pass" and isinstance(args[0], Codes):
@@ -140,9 +145,16 @@ def _move(moved: Any, grid: Grid) -> Any:
 
 def _layer(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
     layer = module_of(node)
-    if not isinstance(args[0], Codes) or not isinstance(layer, (QLinear, QConv1d, QConv2d)) or isinstance(layer, QConvTranspose2d):
+    if (
+        not isinstance(args[0], Codes)
+        or not isinstance(layer, (QLinear, QConv1d, QConv2d))
+        or isinstance(layer, QConvTranspose2d)
+    ):
         return None
-    if layer.weight_quantizer.spec.kind != "int" or layer.weight_quantizer.scale.numel() not in (1, _outputs(layer)):
+    if layer.weight_quantizer.spec.kind != "int" or layer.weight_quantizer.scale.numel() not in (
+        1,
+        _outputs(layer),
+    ):
         return None
     q, source = layer.qweight(), args[0]
     weight = q.codes.double() - (0 if q.zero_point is None else expand_to(q.zero_point, q.codes.shape))
@@ -162,12 +174,13 @@ def _layer(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
     if bias is not None:
         sums = sums + along(bias)
     return Accumulated(
-        lambda grid: integer.rescale(sums, along(scale / grid.scale), grid), lambda: sums.float() * along(scale)
+        lambda grid: integer.rescale(sums, along(scale / grid.scale), grid),
+        lambda: sums.float() * along(scale),
     )
 
 
 def _outputs(layer: nn.Module) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
 
 
 def _pair(args: tuple[Any, ...]) -> tuple[Codes, Codes] | None:
@@ -179,7 +192,9 @@ def _add(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
     if pair is None:
         return None
     a, b = pair
-    return Accumulated(lambda grid: integer.add(a.centred, a.grid, b.centred, b.grid, grid), lambda: a.real() + b.real())
+    return Accumulated(
+        lambda grid: integer.add(a.centred, a.grid, b.centred, b.grid, grid), lambda: a.real() + b.real()
+    )
 
 
 def _mul(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
@@ -187,7 +202,9 @@ def _mul(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
     if pair is None:
         return None
     a, b = pair
-    return Accumulated(lambda grid: integer.multiply(a.centred, a.grid, b.centred, b.grid, grid), lambda: a.real() * b.real())
+    return Accumulated(
+        lambda grid: integer.multiply(a.centred, a.grid, b.centred, b.grid, grid), lambda: a.real() * b.real()
+    )
 
 
 def _matmul(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
@@ -196,7 +213,9 @@ def _matmul(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
         return None
     a, b = pair
     sums, scale = torch.matmul(a.centred.double(), b.centred.double()), a.grid.scale * b.grid.scale
-    return Accumulated(lambda grid: integer.rescale(sums, scale / grid.scale, grid), lambda: sums.float() * scale)
+    return Accumulated(
+        lambda grid: integer.rescale(sums, scale / grid.scale, grid), lambda: sums.float() * scale
+    )
 
 
 def _cat(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
@@ -207,7 +226,9 @@ def _cat(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
 
     def to_codes(grid: Grid) -> Tensor:
         same = [p.grid.scale == grid.scale and p.grid.zero_point == grid.zero_point for p in parts]
-        moved = [p.centred if s else integer.round_to(p.real(), grid) for p, s in zip(parts, same, strict=True)]
+        moved = [
+            p.centred if s else integer.round_to(p.real(), grid) for p, s in zip(parts, same, strict=True)
+        ]
         return torch.cat(moved, dim)  # type: ignore[arg-type]
 
     return Accumulated(to_codes, lambda: torch.cat([p.real() for p in parts], dim))  # type: ignore[arg-type]
@@ -240,7 +261,7 @@ Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool]
 
 
 def _window(node: fx.Node) -> Window | None:
-    """Kernel, stride, padding and count_include_pad of average pooling; None where the kernel is not known."""
+    """Kernel, stride, padding, count_include_pad of average pooling; None where the kernel is not known."""
     if label(node).lower() in ("adaptiveavgpool2d", "adaptive_avg_pool2d"):
         size, out = node.args[0].meta["value"].shape[2:], node.meta["value"].shape[2:]  # type: ignore[union-attr]
         if any(s % o for s, o in zip(size, out, strict=True)):
@@ -257,7 +278,12 @@ def _window(node: fx.Node) -> Window | None:
     if given.get("ceil_mode") or given.get("divisor_override"):
         return None
     stride = given.get("stride")
-    return kernel, _both(stride) if stride else kernel, _both(given.get("padding", 0)), given.get("count_include_pad", True)
+    return (
+        kernel,
+        _both(stride) if stride else kernel,
+        _both(given.get("padding", 0)),
+        given.get("count_include_pad", True),
+    )
 
 
 _POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -272,15 +298,24 @@ def _covers_image(node: fx.Node, x: Tensor) -> bool:
     return window is not None and window[0] == tuple(x.shape[2:]) and window[2] == (0, 0)
 
 
-def _window_means(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], padded: bool) -> Tensor:
+def _window_means(
+    x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], padded: bool
+) -> Tensor:
     """float32 means, summed over each window row by row as the kernel does."""
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    inside = F.pad(torch.ones(1, 1, x.shape[2] - 2 * padding[0], x.shape[3] - 2 * padding[1]), (padding[1],) * 2 + (padding[0],) * 2)
+    inside = F.pad(
+        torch.ones(1, 1, x.shape[2] - 2 * padding[0], x.shape[3] - 2 * padding[1]),
+        (padding[1],) * 2 + (padding[0],) * 2,
+    )
     rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride, strict=True))
     total, count = torch.zeros(*x.shape[:2], rows, columns), torch.zeros(1, 1, rows, columns)
     for i in range(kernel[0]):
         for j in range(kernel[1]):
-            at = (..., slice(i, i + (rows - 1) * stride[0] + 1, stride[0]), slice(j, j + (columns - 1) * stride[1] + 1, stride[1]))
+            at = (
+                ...,
+                slice(i, i + (rows - 1) * stride[0] + 1, stride[0]),
+                slice(j, j + (columns - 1) * stride[1] + 1, stride[1]),
+            )
             total, count = total + x[at], count + inside[at]
     return total / (kernel[0] * kernel[1] if padded else count)
 

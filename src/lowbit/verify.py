@@ -1,4 +1,4 @@
-"""Is the file the model that was measured? Run it, and compare codes: with integers, and with the simulation."""
+"""Is the file the model that was measured? Run it, and compare codes with integers and the simulation."""
 
 from __future__ import annotations
 
@@ -68,22 +68,33 @@ class Parity:
     def ok(self) -> bool:
         """Whether the file is the model: exact, or as close as operations in floating point allow.
 
-        Sums in another order, and ONNX Runtime's own 8-bit activations in weight-only linear layers, move an output by
-        less than 1 % of its peak.
+        Sums in another order, and ONNX Runtime's own 8-bit activations in weight-only linear layers, move an
+        output by less than 1 % of its peak.
         """
         return self.exact or self.output_max <= CLOSE * self.output_peak
 
     def __str__(self) -> str:
         header = ("tensor", "codes", "equal", "max LSB", "simulation equal", "max LSB")
         rows = [
-            (r.name, f"{r.codes:,}", _percent(r.equal), str(r.max_lsb), _percent(r.simulation_equal), str(r.simulation_max_lsb))
+            (
+                r.name,
+                f"{r.codes:,}",
+                _percent(r.equal),
+                str(r.max_lsb),
+                _percent(r.simulation_equal),
+                str(r.simulation_max_lsb),
+            )
             for r in self.layers
         ]
         rows = rows or [("(no activation is quantized: the file computes in float)", "", "", "", "", "")]
         table = text_table(header, rows)
-        top1 = "" if self.top1_agreement is None else f", top-1 agreement with the simulation {_percent(self.top1_agreement)}"
-        outputs = f"{_percent(self.output_equal)} of the outputs bit-equal, largest difference {self.output_max:.2g}"
-        return f"{table}\n{self.path}, {self.samples} samples: {outputs}{top1}"
+        equal = f"{_percent(self.output_equal)} of the outputs bit-equal"
+        text = (
+            f"{table}\n{self.path}, {self.samples} samples: {equal}, largest difference {self.output_max:.2g}"
+        )
+        if self.top1_agreement is None:
+            return text
+        return f"{text}, top-1 agreement with the simulation {_percent(self.top1_agreement)}"
 
 
 def _percent(share: float) -> str:
@@ -109,7 +120,9 @@ class _Tally:
         if found.numel():
             self.peak = max(self.peak, reference.double().abs().max().item())
             self.worst = max(self.worst, (found.double() - reference.double()).abs().max().item())
-            self.simulation_worst = max(self.simulation_worst, (found.double() - simulation.double()).abs().max().item())
+            self.simulation_worst = max(
+                self.simulation_worst, (found.double() - simulation.double()).abs().max().item()
+            )
 
 
 @dataclass
@@ -124,9 +137,9 @@ class _Tallies:
 def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | None = None) -> Parity:
     """Run an exported ONNX file in ONNX Runtime and compare it with the model, code by code.
 
-    The codes of every quantized tensor are read from the running file. They must equal the integer reference, which
-    follows the arithmetic of the kernels; the float simulation, `q(x)`, is shown beside it: it may differ by the rounding
-    of a code here and there.
+    The codes of every quantized tensor are read from the running file. They must equal the integer reference,
+    which follows the arithmetic of the kernels; the float simulation, `q(x)`, is shown beside it: it may
+    differ by the rounding of a code here and there.
 
     Args:
         q: the frozen model that the file was exported from.
@@ -141,7 +154,9 @@ def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | No
         _compare(q, session, names, inputs, tallies)
     if not tallies.samples:
         raise LowbitError("there is no data to verify with; pass at least one batch")
-    shown = {str(n.target): str(n.args[0].meta["name"]) for n in q.graph.graph.nodes if kind_of(n) == "quantizer"}  # type: ignore[union-attr]
+    shown = {
+        str(n.target): str(n.args[0].meta["name"]) for n in q.graph.graph.nodes if kind_of(n) == "quantizer"
+    }
     layers = tuple(
         LayerParity(
             name=shown.get(name, name),
@@ -156,11 +171,20 @@ def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | No
     out = tallies.output
     agreement = tallies.agree / tallies.samples if tallies.classes else None
     return Parity(
-        str(path), tallies.samples, layers, out.equal / max(out.count, 1), out.worst, out.peak, out.simulation_worst, agreement
+        str(path),
+        tallies.samples,
+        layers,
+        out.equal / max(out.count, 1),
+        out.worst,
+        out.peak,
+        out.simulation_worst,
+        agreement,
     )
 
 
-def _compare(q: QuantizedModel, session: Any, names: dict[str, str], inputs: Inputs, tallies: _Tallies) -> None:
+def _compare(
+    q: QuantizedModel, session: Any, names: dict[str, str], inputs: Inputs, tallies: _Tallies
+) -> None:
     bound = bind_inputs(q.graph, inputs)
     fed = [i.name for i in session.get_inputs()]
     values = [v for v in bound.values() if isinstance(v, Tensor)]
@@ -224,7 +248,7 @@ class _simulated_codes:  # noqa: N801  (a context manager, read as a verb)
 
 
 def _open(path: Path, q: QuantizedModel) -> tuple[Any, dict[str, str]]:
-    """A session on the file with the codes of its quantizers as extra outputs, and their names by quantizer path."""
+    """A session on the file with the codes of its quantizers as extra outputs; their names by quantizer."""
     import onnx
     import onnxruntime
 
@@ -245,13 +269,17 @@ def _open(path: Path, q: QuantizedModel) -> tuple[Any, dict[str, str]]:
     expected = {name for name, m in own.items() if isinstance(m, Quantizer) and grid_of(m) is not None}
     unknown = [n for n in names if n.startswith("activation_quantizers.") and n not in own]
     if unknown or not expected <= set(names):
-        odd = sorted(unknown or expected - set(names))[0]
-        raise LowbitError(f"'{path}' was not exported from this model: tensor '{odd}' is in only one of them; export it again")
+        odd = min(unknown or expected - set(names))
+        raise LowbitError(
+            f"'{path}' was not exported from this model: tensor '{odd}' is in only one of them; "
+            "export it again"
+        )
     for name in own:
         if name in names:
             proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(names[name]))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return session, {name: names[name] for name in own if name in names}
-

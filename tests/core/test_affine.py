@@ -53,8 +53,8 @@ def specs(bits: int, granularity: Granularity) -> Iterator[QuantSpec]:
                 signed=signed,
                 symmetric=symmetric,
                 narrow=narrow,
-                scale=scale,
-                rounding=rounding,  # type: ignore[arg-type]
+                scale=scale,  # type: ignore[arg-type]
+                rounding=rounding,
                 granularity=granularity,
             )
 

@@ -123,3 +123,10 @@ def test_the_largest_float_has_a_bin() -> None:
     histogram = counted([torch.tensor([[torch.finfo(torch.float32).max]])], 1)
     assert histogram.counts[0, -1].item() == 1
     assert histogram.edges()[-1].item() == 2.0**128
+
+
+@pytest.mark.parametrize(
+    "x", [torch.randn(7, 5).T[2:3, :1], torch.randn(7, 5).T[:3, :1]], ids=["one", "column"]
+)
+def test_dimensions_of_size_one_may_have_any_stride(x: Tensor) -> None:
+    assert torch.equal(counted([x], len(x)).counts, counted([x.clone()], len(x)).counts)

@@ -91,7 +91,9 @@ def node_named(gm: Any, name: str) -> Any:
     ("forward", "source"),
     [
         pytest.param(lambda m, x: m.a(x).flatten(1), "a", id="flatten"),
-        pytest.param(lambda m, x: F.max_pool2d(m.a(x), 2).permute(0, 2, 3, 1)[:, 0], "a", id="three in a row"),
+        pytest.param(
+            lambda m, x: F.max_pool2d(m.a(x), 2).permute(0, 2, 3, 1)[:, 0], "a", id="three in a row"
+        ),
         pytest.param(lambda m, x: m.a(x).chunk(2, 1)[1], "a", id="one of several parts"),
         pytest.param(lambda m, x: x.flatten(1), "x", id="the input"),
         pytest.param(lambda m, x: F.relu(m.a(x)), "relu", id="an activation makes new values"),

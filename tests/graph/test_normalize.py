@@ -1,4 +1,4 @@
-"""What passes can rely on after tracing: one spelling, nothing in place, weights in modules, a name for every node."""
+"""What passes can rely on: one spelling, nothing in place, weights in modules, a name for every node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A traced model computes what the model computes, bit for bit, at any batch size; what cannot be followed is said."""
+"""A traced model computes the same, bit for bit, at any batch size; what cannot be followed is said."""
 
 from __future__ import annotations
 
@@ -62,7 +62,12 @@ class SharedBlock(nn.Module):
 class Attention(nn.Module):
     def __init__(self, fused: bool) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out, self.fused = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16), fused
+        self.norm, self.qkv, self.out, self.fused = (
+            nn.LayerNorm(16),
+            nn.Linear(16, 48),
+            nn.Linear(16, 16),
+            fused,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch, steps, width = x.shape
@@ -156,7 +161,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention as plain operations": (lambda: Attention(fused=False), (5, 6, 16)),
     "scaled_dot_product_attention": (lambda: Attention(fused=True), (5, 6, 16)),
     "LSTM with a state of the batch's size": (Recurrent, (5, 6, 16)),
-    "subclass of a layer": (lambda: nn.Sequential(Same(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), (5, 3, 8, 8)),
+    "subclass of a layer": (
+        lambda: nn.Sequential(Same(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+        (5, 3, 8, 8),
+    ),
     "weight_norm": (lambda: nn.Sequential(weight_norm(conv(3, 8)), nn.ReLU()), (5, 3, 8, 8)),
     "one layer": (lambda: nn.Linear(16, 4), (5, 6, 16)),
     "in-place ReLU called twice": (lambda: ops(in_place_relu), (5, 3, 8, 8)),
@@ -173,8 +181,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: ops(lambda m, x: torch.cat([m.a(x), torch.zeros(x.size(0), 1, 8, 8)], 1)),
         (5, 3, 8, 8),
     ),
-    "loop over the batch": (lambda: ops(lambda m, x: torch.stack([m.a(x)[i] for i in range(len(x))])), (5, 3, 8, 8)),
-    "loop over the rows": (lambda: ops(lambda m, x: sum(m.a(x)[:, :, i] for i in range(x.shape[2]))), (5, 3, 8, 8)),
+    "loop over the batch": (
+        lambda: ops(lambda m, x: torch.stack([m.a(x)[i] for i in range(len(x))])),
+        (5, 3, 8, 8),
+    ),
+    "loop over the rows": (
+        lambda: ops(lambda m, x: sum(m.a(x)[:, :, i] for i in range(x.shape[2]))),
+        (5, 3, 8, 8),
+    ),
     "branch on item": (lambda: ops(lambda m, x: m.a(x) if x.sum().item() > 0 else x), (5, 3, 8, 8)),
     "branch on the batch size": (lambda: ops(lambda m, x: m.a(x) if x.shape[0] % 2 else x), (5, 3, 8, 8)),
     "interpolate to another's size": (
@@ -295,7 +309,9 @@ class Optional(nn.Module):
         super().__init__()
         self.fc = nn.Linear(8, 8)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, flip: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, flip: bool = False
+    ) -> Tensor:
         y = self.fc(x) * scale
         if mask is not None:
             y = y * mask
@@ -343,7 +359,9 @@ def test_an_axis_that_is_not_the_batch() -> None:
 def test_a_model_that_does_not_run() -> None:
     with pytest.raises(LowbitError, match="does not run on the example input: RuntimeError"):
         traced(nn.Linear(3, 2), torch.randn(4, 5))
-    with pytest.raises(LowbitError, match=r"several inputs are a tuple inside the tuple: \(\(a, b\), label\)"):
+    with pytest.raises(
+        LowbitError, match=r"several inputs are a tuple inside the tuple: \(\(a, b\), label\)"
+    ):
         traced(nn.Bilinear(3, 3, 2), torch.randn(4, 3))
 
 

@@ -1,4 +1,4 @@
-"""Bias correction: quantized layers keep the mean, and with a scale the least-squares fit, of the float layers."""
+"""Bias correction: quantized layers keep the mean of the float layers, and with a scale their best fit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def outputs(gm: fx.GraphModule, data: list[Inputs]) -> dict[str, Tensor]:
     for node, values in walk(gm, data):
         if kind_of(node) == "layer":
             dim = -1 if isinstance(module_of(node), nn.Linear) else 1
-            found[str(node.meta["name"])] = torch.cat([v.movedim(dim, 0).flatten(1) for v in values], 1).double()
+            found[str(node.meta["name"])] = torch.cat(
+                [v.movedim(dim, 0).flatten(1) for v in values], 1
+            ).double()
     return found
 
 
@@ -56,12 +58,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "a residual": (
         lambda: Fn(
             lambda m, x: m.fc((F.relu(m.b(y := F.relu(m.a(x)))) + y).mean((2, 3))),
-            **{"a": conv(3, 8), "b": conv(8, 8, bias=False), "fc": nn.Linear(8, 5)},
+            a=conv(3, 8),
+            b=conv(8, 8, bias=False),
+            fc=nn.Linear(8, 5),
         ),
         image,
     ),
     "grouped and transposed": (
-        lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3, groups=2), conv(8, 8, groups=4)),
+        lambda: nn.Sequential(
+            conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3, groups=2), conv(8, 8, groups=4)
+        ),
         image,
     ),
     "linear on the last axis": (
@@ -142,7 +148,7 @@ def test_a_layer_called_twice_is_left_alone() -> None:
 
 
 def test_it_is_sequential() -> None:
-    """Each layer is fitted to the inputs that the corrected layers before it give, not to those of the float model."""
+    """Each layer is fitted to what the corrected layers before it give, not to what the float model gives."""
     build, sample = MODELS["a residual"]
     data = [Inputs((sample(),))]
     gm, reference = quantized(build(), data, rough())
@@ -176,7 +182,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": F.relu, "ReLU6": F
 
 
 def normal_network(activation: Callable[[Tensor], Tensor], second: nn.Module) -> tuple[nn.Module, Tensor]:
-    """conv 1x1, BatchNorm, activation, layer; fed with normal noise, so that BatchNorm writes normal numbers."""
+    """conv 1x1, BatchNorm, activation, layer; fed with normal noise, BatchNorm writes normal numbers."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         y = activation(m.n(m.a(x)))

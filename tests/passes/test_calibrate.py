@@ -1,4 +1,4 @@
-"""Calibration: data in every form people have it, streamed once; ranges equal those of the tensors themselves."""
+"""Calibration: data in every form, streamed once; ranges equal those of the tensors themselves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import STYLES, Fn, conv, image, quantizers, traced
+from helpers import STYLES, Fn, conv, quantizers, traced
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -50,7 +50,9 @@ def test_every_source_gives_the_same_ranges(name: str) -> None:
     gm, plain = traced(model, X), traced(model, X)
     place(gm, MINMAX)
     assert calibrate_activations(gm, SOURCES[name]()) == []
-    seen = {node.meta["name"]: values[0] for node, values in walk(plain, [Inputs((X,))]) if node.op != "output"}
+    seen = {
+        node.meta["name"]: values[0] for node, values in walk(plain, [Inputs((X,))]) if node.op != "output"
+    }
     for source, path in quantizers(gm).items():
         ends = seen[source].min().reshape(1, 1, 1, 1), seen[source].max().reshape(1, 1, 1, 1)
         scale, zero_point = choose_qparams(*ends, UINT8)
@@ -100,7 +102,7 @@ def test_bad_numbers_are_found_where_they_arise() -> None:
     with pytest.raises(LowbitError, match=r"'activation_quantizers\.log', batch 0: .* NaN"):
         calibrate_activations(gm, [X])
     with pytest.raises(LowbitError, match=r"'activation_quantizers\.input_1', batch 1: .* 1 infinite"):
-        calibrate_activations(place_anew(conv(3, 8)), [X, torch.where(X == X.max(), torch.inf, X)])
+        calibrate_activations(place_anew(conv(3, 8)), [X, torch.where(X.max() == X, torch.inf, X)])
 
 
 def place_anew(model: nn.Module) -> Any:

@@ -52,7 +52,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
         3,
     ),
     "grouped": (lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8, groups=4), nn.ReLU(), conv(8, 4)), 2),
-    "depthwise": (lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8, groups=8), nn.ReLU(), conv(8, 4)), 2),
+    "depthwise": (
+        lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8, groups=8), nn.ReLU(), conv(8, 4)),
+        2,
+    ),
     "inverted residual": (InvertedResidual, 3),
     "PReLU": (lambda: nn.Sequential(conv(3, 8), nn.PReLU(8), conv(8, 4)), 1),
     "flatten": (lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)), 1),
@@ -77,7 +80,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "residual stream": (
         lambda: Fn(
             *(long_residual,),
-            **{"a": conv(3, 8), "b": conv(8, 6), "c": conv(6, 8), "d": conv(8, 6), "e": conv(6, 8)},
+            a=conv(3, 8),
+            b=conv(8, 6),
+            c=conv(6, 8),
+            d=conv(8, 6),
+            e=conv(6, 8),
             f=nn.Linear(8, 4),
         ),
         3,
@@ -139,9 +146,7 @@ def by_input(node: fx.Node, channels: int) -> Tensor:
         return torch.stack([part.max() for part in weight.split(layer.in_features // channels, dim=1)])
     size = channels // groups
     outputs = weight.shape[0] // groups
-    ranges = [
-        weight[g * outputs : (g + 1) * outputs, i].max() for g in range(groups) for i in range(size)
-    ]
+    ranges = [weight[g * outputs : (g + 1) * outputs, i].max() for g in range(groups) for i in range(size)]
     return torch.stack(ranges)
 
 
@@ -152,7 +157,9 @@ def test_weights_per_tensor_get_better() -> None:
     def worst() -> float:
         weights = [module_of(n).weight.detach() for n in layer_nodes(gm)]
         ends = [(w.min().reshape(1, 1, 1), w.max().reshape(1, 1, 1)) for w in weights]
-        return min(quantization_error(row, spec, e).sqnr_db for w, e in zip(weights, ends, strict=True) for row in w)
+        return min(
+            quantization_error(row, spec, e).sqnr_db for w, e in zip(weights, ends, strict=True) for row in w
+        )
 
     before = worst()
     equalize(gm)

@@ -63,7 +63,8 @@ PLACES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "moved values share": (
         lambda: Fn(
             lambda m, x: m.b(F.pad(F.max_pool2d(m.a(x), 2).permute(0, 1, 3, 2)[:, :4].contiguous(), (1, 1))),
-            **{"a": conv(3, 8), "b": conv(4, 4)},
+            a=conv(3, 8),
+            b=conv(4, 4),
         ),
         {"x", "a", "b"},
     ),
@@ -76,13 +77,16 @@ PLACES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         {"x", "a", "relu", "b", "add"},
     ),
     "cat": (
-        lambda: Fn(lambda m, x: m.c(torch.cat([F.relu(m.a(x)), m.b(x)], 1)), a=conv(3, 4), b=conv(3, 4), c=conv(8, 4)),
+        lambda: Fn(
+            lambda m, x: m.c(torch.cat([F.relu(m.a(x)), m.b(x)], 1)), a=conv(3, 4), b=conv(3, 4), c=conv(8, 4)
+        ),
         {"x", "relu", "b", "cat", "c"},
     ),
     "gate": (
         lambda: Fn(
             lambda m, x: (y := F.relu(m.a(x))) * torch.sigmoid(m.b(y.mean((2, 3), keepdim=True))),
-            **{"a": conv(3, 8), "b": nn.Conv2d(8, 8, 1)},
+            a=conv(3, 8),
+            b=nn.Conv2d(8, 8, 1),
         ),
         {"x", "relu", "adaptive_avg_pool2d", "b", "sigmoid", "mul"},
     ),
@@ -119,7 +123,11 @@ def test_where_quantizers_stand(name: str) -> None:
 def test_nothing_changes_before_calibration(name: str) -> None:
     model, x = settle(PLACES[name][0](), image()), image()
     want, got = model(x), placed(model, preset("w8a8"), x)(x)
-    for a, b in zip(want.values() if isinstance(want, dict) else [want], got.values() if isinstance(got, dict) else [got], strict=True):
+    for a, b in zip(
+        want.values() if isinstance(want, dict) else [want],
+        got.values() if isinstance(got, dict) else [got],
+        strict=True,
+    ):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -233,9 +241,9 @@ def test_the_widest_reader_decides() -> None:
 
 def test_the_channels_of_a_transposed_convolution() -> None:
     gm = placed(nn.Sequential(nn.ConvTranspose2d(3, 8, 2)), preset("w8a8"), image())
-    assert module_of(next(n for n in gm.graph.nodes if kind_of(n) == "layer")).weight_quantizer.spec == replace(
-        INT8, granularity=PerChannel(1)
-    )
+    assert module_of(
+        next(n for n in gm.graph.nodes if kind_of(n) == "layer")
+    ).weight_quantizer.spec == replace(INT8, granularity=PerChannel(1))
 
 
 def test_a_group_that_does_not_divide() -> None:

@@ -1,7 +1,8 @@
 """The arithmetic of integer kernels, bit for bit as ONNX Runtime's x86 kernels do it.
 
-Codes come in centred, that is with their zero point taken off, as floating point tensors that hold whole numbers; codes go
-out the same way. Every operation is rounded to float32 unless the formula says otherwise, and `fma` is rounded once.
+Codes come in centred, that is with their zero point taken off, as floating point tensors that hold whole
+numbers; codes go out the same way. Every operation is rounded to float32 unless the formula says otherwise,
+and `fma` is rounded once. Found by experiment on ONNX Runtime 1.31; `tests/test_verify.py` holds it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["Grid", "add", "average_pool", "bias_codes", "multiply", "rescale", "
 
 @dataclass(frozen=True)
 class Grid:
-    """Where codes stand: real = (code - zero_point) * scale, code in [qmin, qmax]; one scale for the tensor."""
+    """Where codes stand: real = (code - zero_point) * scale, code in [qmin, qmax]; one scale for all."""
 
     scale: Tensor
     zero_point: int
@@ -30,7 +31,7 @@ class Grid:
 
 
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
-    """int32 codes of a bias at the scale of the accumulator, f32(input scale * weight scale): rint(f32(bias / scale))."""
+    """int32 codes rint(f32(bias / scale)); the scale is the accumulator's, f32(input scale * weight scale)."""
     limit = 2.0**31 - 1
     return torch.round(bias / scale).double().clamp(-limit, limit).to(torch.int32)
 
@@ -46,7 +47,7 @@ def round_to(x: Tensor, grid: Grid) -> Tensor:
 
 
 def rescale(accumulator: Tensor, multiplier: Tensor, grid: Grid) -> Tensor:
-    """QLinearConv, QGemm, QLinearMatMul, QLinearGlobalAveragePool: clamp(rint(f32(acc) * multiplier) + zero_point).
+    """QLinearConv, QGemm, QLinearMatMul, global pooling: clamp(rint(f32(acc) * multiplier) + zero_point).
 
     Args:
         accumulator: exact integer sums, bias included, float64.
@@ -65,13 +66,13 @@ def add(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, grid: Grid) -> Tensor:
 
 
 def multiply(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, grid: Grid) -> Tensor:
-    """QLinearMul: clamp(rint(f32(f32(a * b) * f32(f32(sa * sb) / sc)) + zc)), the zero point inside the rounding."""
+    """QLinearMul: clamp(rint(f32(f32(a * b) * f32(f32(sa * sb) / sc)) + zc)), the zero point inside."""
     ratio = a_grid.scale * b_grid.scale / grid.scale
     return grid.centre(torch.round((a.double() * b.double()).float() * ratio + grid.zero_point))
 
 
 def average_pool(window_means: Tensor, grid: Grid) -> Tensor:
-    """QLinearAveragePool: clamp(rint(f32(mean / scale) + zero_point)) of float32 means, the zero point inside."""
+    """QLinearAveragePool of float32 means: clamp(rint(f32(mean / scale) + zero_point)), zero point inside."""
     return grid.centre(torch.round(window_means / grid.scale + grid.zero_point))
 
 

@@ -192,9 +192,9 @@ class HistogramObserver(Observer):
 
 @observers.register("percentile")
 class Percentile(HistogramObserver):
-    """Leaves 0.01 % of the values outside at each end."""
+    """Leaves 0.001 % of the values outside at each end."""
 
-    percentile = 99.99
+    percentile = 99.999
 
     def _choose(self, counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         return ranges.percentile_range(counts, edges, self.percentile)

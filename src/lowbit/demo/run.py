@@ -86,9 +86,7 @@ def run(out: Path, say: Callable[[str], None], size: Size | None = None) -> dict
         kept = {preset: lowbit.load(out / f"{preset}.safetensors", network) for preset in PRESETS}
         coverage = {preset: q.coverage() for preset, q in kept.items()}
         say(f"What became of each operation under preset w8a8:\n\n{coverage['w8a8']}\n")
-        say(
-            f"Under w4a8, all weights but the first and last layer's in 4 bits: {coverage['w4a8'].summary}.\n"
-        )
+        say(f"Under w4a8 (4-bit weights but in the first and last layer): {coverage['w4a8'].summary}.\n")
         right = _share(data.answers, data.labels)
         say(f"{_score_table(scores, right)}\n")
         files = _write(out, network, kept, data.calibration[0])
@@ -223,16 +221,11 @@ def _parity_table(parity: dict[str, Any]) -> str:
         worst = max(layer.max_lsb for layer in found.layers)
         rows.append((f"{preset}.onnx", f"{codes:,}", _percent(equal), str(worst), _percent(simulated)))
     samples = next(iter(parity.values())).samples
-    header = (
-        "file",
-        "codes compared",
-        "as computed in integers",
-        "largest difference",
-        "as simulated in float",
-    )
+    header = ("file", "codes", "equal to integers", "largest difference", "equal to simulation")
     return (
         f"Is the file the network that was measured? Every code inside it, on {samples} images, as\n"
-        f"ONNX Runtime computes it, against exact integers and against PyTorch's simulation:\n\n"
+        f"ONNX Runtime computes it, against exact integers, and against PyTorch's simulation, whose\n"
+        f"rounding turns a code now and then:\n\n"
         f"{text_table(header, rows)}"
     )
 

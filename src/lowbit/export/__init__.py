@@ -16,8 +16,8 @@ __all__ = ["float_onnx", "onnx"]
 def onnx(q: QuantizedModel, path: str | Path) -> Path:
     """Write a frozen model as an ONNX file that ONNX Runtime and OpenVINO run on integer kernels.
 
-    Activations are QuantizeLinear / DequantizeLinear pairs, weights constant codes: int8, or INT4 up to four bits. The
-    first axis of every input is dynamic. Needs the extra `lowbit[onnx]`.
+    Activations are QuantizeLinear / DequantizeLinear pairs, weights constant codes: int8, or INT4 up to four
+    bits. The first axis of every input is dynamic. Needs the extra `lowbit[onnx]`.
 
     Raises:
         LowbitError: the model is not frozen, an operation has no ONNX form, the folder does not exist.

@@ -23,9 +23,9 @@ class Inputs:
 
     @classmethod
     def of(cls, batch: Any) -> Inputs:
-        """A batch of data as model inputs: a tensor, a tuple (its first element; the rest are labels), or a dict.
+        """A batch of data as model inputs: a tensor, a tuple (its first element; labels follow), or a dict.
 
-        Several positional inputs are a tuple inside the tuple: `((a, b), label)`, or `((a, b),)` without labels.
+        Several positional inputs are a tuple inside the tuple: `((a, b), label)`, or `((a, b),)`.
         """
         if isinstance(batch, Inputs):
             return batch
@@ -51,7 +51,7 @@ class Inputs:
         return tensors[0].shape[0] if tensors else 1
 
     def with_samples(self, n: int) -> Inputs:
-        """A copy with `n` samples, repeated where there are fewer; tensors of another length are taken as they are."""
+        """A copy with `n` samples, repeated where there are fewer; tensors of another length stay."""
         size = self.batch_size
 
         def pick(value: Any) -> Any:
@@ -63,7 +63,7 @@ class Inputs:
         return Inputs(tuple(pick(a) for a in self.args), {k: pick(v) for k, v in self.kwargs.items()})
 
     def made_up(self) -> Inputs:
-        """The same shapes and dtypes without the data: numbers in [0, 1), the same every time; integers are 0.
+        """The same shapes and dtypes without the data: numbers in [0, 1), always the same; integers are 0.
 
         Not 0 throughout, for tracing asks whether a graph computes what the model does, and zeros hide that.
         """

@@ -56,8 +56,8 @@ def layer_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 def operations(gm: fx.GraphModule) -> list[Operation]:
     """Everything a rule can match: one entry for each call, or for each module called more than once.
 
-    Layers inside submodules that could not be traced follow the call of their submodule. The first and the last layer
-    with a weight, lookups aside, have the roles "first" and "last".
+    Layers inside submodules that could not be traced follow the call of their submodule. The first and the
+    last layer with a weight, lookups aside, have the roles "first" and "last".
     """
     found: dict[str, str] = {}
     layers: list[str] = []  # one entry for each call
@@ -147,7 +147,12 @@ def tail_of(node: fx.Node) -> fx.Node:
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """Nodes of floating point tensors that this node reads, each as often as it is read."""
     found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+
+    def collect(n: fx.Node) -> fx.Node:
+        found.append(n)
+        return n
+
+    fx.node.map_arg((node.args, node.kwargs), collect)
     return [n for n in found if is_tensor(n)]
 
 

@@ -9,21 +9,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from lowbit.graph.functional_weights import weights_to_modules
 from lowbit.graph.ops import is_tensor, label, module_of
 
 __all__ = ["name_nodes", "normalize"]
 
-_IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, operator.itruediv: operator.truediv}
+_IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 # operands that may be given by name, in their order
 _OPERANDS = ("input", "tensors", "other", "mat2")
 
 
 def normalize(gm: fx.GraphModule) -> None:
-    """Rewrite in place: operands first, no in-place operation, weights in modules, one spelling of global pooling, no
-    dead code, every node named."""
-    for rewrite in (_operands_first, _out_of_place, _weights_to_modules, _means_to_pooling, _windows_to_pooling, _drop_zero_sums, _drop_dead):
+    """Rewrite in place: one spelling of each thing, no in-place operation, no dead code, every node named."""
+    for rewrite in (
+        _operands_first,
+        _out_of_place,
+        weights_to_modules,
+        _means_to_pooling,
+        _windows_to_pooling,
+        _drop_zero_sums,
+        _drop_dead,
+    ):
         rewrite(gm)
     gm.graph.lint()
     gm.recompile()
@@ -31,11 +44,13 @@ def normalize(gm: fx.GraphModule) -> None:
 
 
 def _operands_first(gm: fx.GraphModule) -> None:
-    """conv(input=x) and torch.add(x, other=y) become positional: what an operation reads stands in its arguments."""
+    """conv(input=x) and torch.add(x, other=y) become positional: what is read stands in the arguments."""
     for node in gm.graph.nodes:
         if node.op == "call_module" and not type(module_of(node)).__module__.startswith("torch.nn"):
             continue
-        if node.op == "call_function" and not str(getattr(node.target, "__module__", "torch")).startswith("torch"):
+        if node.op == "call_function" and not str(getattr(node.target, "__module__", "torch")).startswith(
+            "torch"
+        ):
             continue
         for name in _OPERANDS:
             given = 0 if name in ("input", "tensors") else 1
@@ -47,11 +62,17 @@ def _operands_first(gm: fx.GraphModule) -> None:
 def _out_of_place(gm: fx.GraphModule) -> None:
     """An in-place operation becomes an ordinary one whose result later readers of its input read instead."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    in_place = [node for node in order if node.args and isinstance(node.args[0], fx.Node) and _is_in_place(node)]
+    in_place = [
+        node for node in order if node.args and isinstance(node.args[0], fx.Node) and _is_in_place(node)
+    ]
     for node in in_place:
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        source.replace_all_uses_with(node, delete_user_cb=lambda user, at=node: order[user] > order[at])
+
+        def later(user: fx.Node, at: fx.Node = node) -> bool:
+            return order[user] > order[at]
+
+        source.replace_all_uses_with(node, delete_user_cb=later)
     for node in in_place:
         _make_functional(node)
 
@@ -62,13 +83,20 @@ def _is_in_place(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _IN_PLACE or _flagged(node) or _without_underscore(node.target) is not None
     name = str(node.target)
-    return node.op == "call_method" and name.endswith("_") and not name.endswith("__") and hasattr(Tensor, name[:-1])
+    return (
+        node.op == "call_method"
+        and name.endswith("_")
+        and not name.endswith("__")
+        and hasattr(Tensor, name[:-1])
+    )
 
 
 def _flagged(node: fx.Node) -> bool:
     """F.relu(x, inplace=True) and its kin."""
     at = _flag_position(node)
-    return bool(node.kwargs.get("inplace")) or (at is not None and at < len(node.args) and node.args[at] is True)
+    return bool(node.kwargs.get("inplace")) or (
+        at is not None and at < len(node.args) and node.args[at] is True
+    )
 
 
 def _flag_position(node: fx.Node) -> int | None:
@@ -76,7 +104,7 @@ def _flag_position(node: fx.Node) -> int | None:
     if not str(getattr(node.target, "__module__", "")).startswith("torch.nn"):
         return None
     try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        names = list(inspect.signature(node.target).parameters)
     except ValueError:  # a builtin
         return None
     return names.index("inplace") if "inplace" in names else None
@@ -101,129 +129,6 @@ def _without_underscore(target: Any) -> Any:
     return getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
 
 
-def _weights_to_modules(gm: fx.GraphModule) -> None:
-    """F.conv2d(x, self.w) and its kin become a call of a layer that holds the very Parameter."""
-    made: dict[tuple[Any, ...], str] = {}
-    for node in list(gm.graph.nodes):
-        build = _BUILDERS.get(node.target) if node.op == "call_function" else None
-        bound = _bound(node) if build else None
-        if build is None or bound is None:
-            continue
-        tensors = {k: _parameter(gm, bound.pop(k, None)) for k in ("weight", "bias")}
-        source = bound.pop("input")
-        if tensors["weight"] is None or not all(_constant(v) for v in bound.values()):
-            continue
-        key = (node.target, tensors["weight"][0], tensors["bias"] and tensors["bias"][0], str(sorted(bound.items())))
-        if key not in made:
-            weight, bias = tensors["weight"][1], tensors["bias"][1] if tensors["bias"] else None
-            made[key] = _free_path(gm, tensors["weight"][0], node)
-            gm.add_submodule(made[key], build(weight, bias, bound))
-        with gm.graph.inserting_before(node):
-            call = gm.graph.call_module(made[key], (source,))
-        call.meta.update(node.meta)
-        node.replace_all_uses_with(call)
-        gm.graph.erase_node(node)
-    for node in reversed(list(gm.graph.nodes)):
-        if node.op == "get_attr" and not node.users:
-            gm.graph.erase_node(node)
-            _forget(gm, str(node.target))
-
-
-def _forget(gm: fx.GraphModule, path: str) -> None:
-    """Let go of a tensor that no node reads any more; else it would be stored and counted beside its layer."""
-    owner, _, name = path.rpartition(".")
-    called = [str(n.target) for n in gm.graph.nodes if n.op == "call_module"]
-    read = any(n.op == "get_attr" and n.target == path for n in gm.graph.nodes)
-    if not read and not any(path.startswith(module + ".") for module in called):
-        delattr(gm.get_submodule(owner), name)
-
-
-def _bound(node: fx.Node) -> dict[str, Any] | None:
-    names = _SIGNATURES[node.target]
-    bound = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    bias = bound.get("bias")
-    return None if isinstance(bias, fx.Node) and bias.op != "get_attr" else bound
-
-
-def _parameter(gm: fx.GraphModule, node: Any) -> tuple[str, nn.Parameter] | None:
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value = operator.attrgetter(str(node.target))(gm)
-    return (str(node.target), value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False))
-
-
-def _constant(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_constant(v) for v in value)
-    return not isinstance(value, fx.Node)
-
-
-def _free_path(gm: fx.GraphModule, weight: str, node: fx.Node) -> str:
-    """A path beside the weight: `block.w` used by conv2d becomes `block.w_conv2d`.
-
-    The weight of a layer (tied, or used without calling the layer) makes its neighbour: `embed.weight` in linear becomes
-    `embed_weight_linear`. A weight computed from others is named after the place that uses it.
-    """
-    owner, _, name = weight.rpartition(".")
-    if owner and type(gm.get_submodule(owner)).__module__.startswith("torch.nn.modules.") and not _is_bare(gm.get_submodule(owner)):
-        weight = f"{owner}_{name}"
-    if name.startswith("_tensor_constant"):
-        weight = f"{node.meta['scope']}.weight".lstrip(".")
-    path, names = f"{weight}_{label(node)}", {name for name, _ in gm.named_modules()}
-    while path in names:
-        path += "_"
-    return path
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """An empty module that only gives a tensor its path."""
-    return type(module) is nn.Module
-
-
-_CONV_SIGNATURE = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_SIGNATURES: dict[Any, tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    F.conv1d: _CONV_SIGNATURE,
-    F.conv2d: _CONV_SIGNATURE,
-    F.conv_transpose2d: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-    F.embedding: ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
-}
-
-
-def _fill(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
-    layer.weight = weight
-    if bias is not None:
-        layer.bias = bias
-    return layer
-
-
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None, options: dict[str, Any]) -> nn.Module:
-    return _fill(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta"), weight, bias)
-
-
-def _conv(kind: type[nn.Module], transposed: bool = False) -> Any:
-    def build(weight: nn.Parameter, bias: nn.Parameter | None, options: dict[str, Any]) -> nn.Module:
-        groups = options.get("groups", 1)
-        inputs, outputs = weight.shape[0], weight.shape[1]
-        inputs, outputs = (inputs, outputs * groups) if transposed else (outputs * groups, inputs)
-        return _fill(kind(inputs, outputs, tuple(weight.shape[2:]), bias=bias is not None, device="meta", **options), weight, bias)
-
-    return build
-
-
-def _embedding(weight: nn.Parameter, bias: nn.Parameter | None, options: dict[str, Any]) -> nn.Module:
-    return _fill(nn.Embedding(*weight.shape, device="meta", **options), weight, None)
-
-
-_BUILDERS: dict[Any, Any] = {
-    F.linear: _linear,
-    F.conv1d: _conv(nn.Conv1d),
-    F.conv2d: _conv(nn.Conv2d),
-    F.conv_transpose2d: _conv(nn.ConvTranspose2d, transposed=True),
-    F.embedding: _embedding,
-}
-
-
 def _means_to_pooling(gm: fx.GraphModule) -> None:
     """x.mean((2, 3)) of an image is global average pooling, for which integer kernels exist."""
     for node in list(gm.graph.nodes):
@@ -246,7 +151,7 @@ def _means_to_pooling(gm: fx.GraphModule) -> None:
 
 
 def _windows_to_pooling(gm: fx.GraphModule) -> None:
-    """Average pooling whose one window is the whole image, as in `F.avg_pool2d(x, x.size(3))`, is global pooling."""
+    """Average pooling whose window is the image, as in `F.avg_pool2d(x, x.size(3))`, is global pooling."""
     for node in list(gm.graph.nodes):
         if node.target is not F.avg_pool2d or not is_tensor(node.args[0]) or not is_tensor(node):
             continue
@@ -256,7 +161,9 @@ def _windows_to_pooling(gm: fx.GraphModule) -> None:
         window = fx.node.map_arg(kernel, lambda n: n.meta["value"])
         if window not in ((height, width), [height, width]) and not (window == height == width):
             continue
-        if tuple(node.meta["value"].shape[-2:]) != (1, 1) or any(node.kwargs.get(k) for k in ("padding", "divisor_override")):
+        if tuple(node.meta["value"].shape[-2:]) != (1, 1) or any(
+            node.kwargs.get(k) for k in ("padding", "divisor_override")
+        ):
             continue
         with gm.graph.inserting_before(node):
             pooled = gm.graph.call_function(F.adaptive_avg_pool2d, (source, 1))
@@ -284,7 +191,7 @@ def _drop_zero_sums(gm: fx.GraphModule) -> None:
 
 
 def _drop_dead(gm: fx.GraphModule) -> None:
-    """Operations that nothing reads; submodules called as they stand may do more than return, so they stay."""
+    """Operations that nothing reads; submodules called as they stand stay, for they may do more."""
     leaves = gm.meta["leaves"]
     for node in reversed(list(gm.graph.nodes)):
         if node.users or node.op in ("placeholder", "output") or node.target is operator.setitem:
@@ -299,9 +206,7 @@ def name_nodes(gm: fx.GraphModule) -> None:
     seen: Counter[str] = Counter()
     modules = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
     for node in gm.graph.nodes:
-        if node.op == "call_module":
-            name = str(node.target)
-        elif node.op == "placeholder":
+        if node.op in ("call_module", "placeholder"):
             name = str(node.target)
         else:
             name = ".".join(part for part in (node.meta.get("scope", ""), label(node).strip("_")) if part)

@@ -31,13 +31,24 @@ _MODULES: dict[type[nn.Module], Kind] = {
     nn.AvgPool2d: "average",
     nn.AdaptiveAvgPool2d: "average",
     **dict.fromkeys(
-        (nn.MaxPool1d, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+        (
+            nn.MaxPool1d,
+            nn.MaxPool2d,
+            nn.Flatten,
+            nn.Unflatten,
+            nn.Identity,
+            nn.Dropout,
+            nn.Dropout1d,
+            nn.Dropout2d,
+        )
         + (nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad2d, nn.UpsamplingNearest2d),
         "pass",
-    ),  # type: ignore[dict-item]
+    ),
 }
 _FUNCTIONS: dict[object, Kind] = {
-    **dict.fromkeys((F.relu, torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min, torch.clip), "clamp"),
+    **dict.fromkeys(
+        (F.relu, torch.relu, F.relu6, F.hardtanh, torch.clamp, torch.clamp_min, torch.clip), "clamp"
+    ),
     **dict.fromkeys((operator.add, torch.add), "add"),
     **dict.fromkeys((operator.mul, torch.mul), "mul"),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "cat"),
@@ -50,7 +61,7 @@ _FUNCTIONS: dict[object, Kind] = {
         + (torch.max_pool2d, F.dropout, F.dropout2d, F.pixel_shuffle, F.pad, F.interpolate),
         "pass",
     ),
-}  # type: ignore[dict-item]
+}
 _METHODS: dict[str, Kind] = {
     **dict.fromkeys(("relu", "clamp", "clamp_min", "clip"), "clamp"),
     "add": "add",
@@ -62,7 +73,7 @@ _METHODS: dict[str, Kind] = {
         + ("movedim", "unflatten", "t"),
         "pass",
     ),
-}  # type: ignore[dict-item]
+}
 
 
 def module_of(node: fx.Node) -> nn.Module:

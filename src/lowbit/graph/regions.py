@@ -26,9 +26,9 @@ class Region:
 def regions(gm: fx.GraphModule, *, relu6: bool = False) -> tuple[list[Region], list[tuple[str, str]]]:
     """Regions over which a scale per channel can move from weights to weights without changing the output.
 
-    Operations that commute with a positive scale (ReLU, PReLU, pooling, add) tie their tensors together. A region
-    counts only when nothing but layers writes it and nothing but layers reads it: a chain of two layers is the
-    simplest, a residual stream the largest.
+    Operations that commute with a positive scale (ReLU, PReLU, pooling, add) tie their tensors together. A
+    region counts only when nothing but layers writes it and nothing but layers reads it: a chain of two
+    layers is the simplest, a residual stream the largest.
 
     Args:
         relu6: also pass through ReLU6, which does change the output.
@@ -75,7 +75,17 @@ def _tied(gm: fx.GraphModule, relu6: bool) -> Iterator[list[fx.Node]]:
 
 
 _CHANNELWISE = frozenset(
-    ("MaxPool1d", "MaxPool2d", "max_pool1d", "max_pool2d", "Identity", "Dropout", "Dropout1d", "Dropout2d", "dropout")
+    (
+        "MaxPool1d",
+        "MaxPool2d",
+        "max_pool1d",
+        "max_pool2d",
+        "Identity",
+        "Dropout",
+        "Dropout1d",
+        "Dropout2d",
+        "dropout",
+    )
     + ("dropout2d", "contiguous", "Upsample", "UpsamplingNearest2d", "interpolate", "ZeroPad2d")
 )
 
@@ -100,7 +110,7 @@ def _flattens(node: fx.Node) -> bool:
     source = node.args[0]
     if label(node).lower() not in ("flatten", "view", "reshape") or not is_tensor(source):
         return False
-    before, after = source.meta["value"].shape, node.meta["value"].shape  # type: ignore[union-attr]
+    before, after = source.meta["value"].shape, node.meta["value"].shape
     return len(before) >= 2 and len(after) == 2 and before[0] == after[0]
 
 
@@ -144,7 +154,7 @@ def _misfit(region: Region) -> str:
         if isinstance(layer, nn.Linear):
             fits = layer.in_features % region.channels == 0
         else:
-            fits = layer.in_channels == region.channels
+            fits = bool(layer.in_channels == region.channels)
         if not fits:
             return f"'{node.meta['name']}' reads other channels"
     return ""

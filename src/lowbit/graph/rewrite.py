@@ -35,7 +35,7 @@ def insert_after(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module
 
 def remove(gm: fx.GraphModule, node: fx.Node) -> None:
     """Take out a node with one input: its readers read that input."""
-    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    node.replace_all_uses_with(node.args[0])
     gm.graph.erase_node(node)
 
 

@@ -13,7 +13,10 @@ from lowbit.graph.inputs import Inputs
 
 __all__ = ["bind_inputs", "evaluate", "flat_tensors", "last_uses", "peak_bytes", "walk"]
 
-def walk(gm: fx.GraphModule, data: Sequence[Inputs]) -> Generator[tuple[fx.Node, list[Any]], list[Any] | None, None]:
+
+def walk(
+    gm: fx.GraphModule, data: Sequence[Inputs]
+) -> Generator[tuple[fx.Node, list[Any]], list[Any] | None, None]:
     """Run every batch through one node before any goes on to the next.
 
     Yields each node with its value for every batch; a list that is sent back takes the place of those values.
@@ -26,9 +29,7 @@ def walk(gm: fx.GraphModule, data: Sequence[Inputs]) -> Generator[tuple[fx.Node,
             if node.op == "placeholder":
                 result = [start[node.name] for start in starts]
             else:
-                picked = [
-                    fx.node.map_arg((node.args, node.kwargs), lambda n, i=i: values[n][i]) for i in range(len(data))
-                ]
+                picked = [_pick((node.args, node.kwargs), values, i) for i in range(len(data))]
                 result = [evaluate(gm, node, args, kwargs) for args, kwargs in picked]
         replaced = yield node, result
         values[node] = result if replaced is None else replaced
@@ -36,12 +37,17 @@ def walk(gm: fx.GraphModule, data: Sequence[Inputs]) -> Generator[tuple[fx.Node,
             del values[dead]
 
 
+def _pick(arguments: Any, values: dict[fx.Node, list[Any]], i: int) -> Any:
+    """The arguments of a node for one batch."""
+    return fx.node.map_arg(arguments, lambda n: values[n][i])
+
+
 def evaluate(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The value of one node, given those of its arguments."""
     if node.op == "call_module":
         return gm.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op == "get_attr":
@@ -104,4 +110,8 @@ def peak_bytes(gm: fx.GraphModule) -> int:
 
 def _sample_bytes(node: fx.Node) -> int:
     value = node.meta.get("value")
-    return value.numel() * value.element_size() // max(1, value.shape[0]) if isinstance(value, Tensor) and value.ndim else 0
+    return (
+        value.numel() * value.element_size() // max(1, value.shape[0])
+        if isinstance(value, Tensor) and value.ndim
+        else 0
+    )

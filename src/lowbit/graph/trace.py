@@ -1,7 +1,7 @@
 """From a module as its author wrote it to a graph, running it once on example inputs.
 
-Shapes are known while tracing, so a branch on a shape is decided and said. A branch on data cannot be: the submodule
-that holds it becomes a leaf, called as it stands, or the whole model does, and that is said too.
+Shapes are known while tracing, so a branch on a shape is decided and said. A branch on data cannot be: the
+submodule that holds it becomes a leaf, called as it stands, or the whole model does, and that is said too.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
         example: one call; its shapes decide branches on shapes, its batch size does not matter.
 
     Returns:
-        The graph in evaluation mode, and what could not be followed. `meta["leaves"]` holds the path of each submodule
-        that is called as it stands, with the reason; `meta["whole"]` says whether that is the model itself;
-        `meta["inside"]` holds (input, output) of every call of a layer in there, as tensors without numbers.
+        The graph in evaluation mode, and what could not be followed. `meta["leaves"]` holds the path of each
+        submodule that is called as it stands, with the reason; `meta["whole"]` says whether that is the model
+        itself; `meta["inside"]` holds (input, output) of every call of a layer in there, as tensors without
+        numbers.
 
     Raises:
         LowbitError: the model does not run on the example, or its parameters are not float32.
@@ -66,15 +67,19 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy for evaluation; tensors computed with gradients (torch.nn.utils.weight_norm keeps one) are copied by value."""
-    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    """A deep copy for evaluation; tensors with a gradient history (weight_norm keeps one) go by value."""
+    computed = [
+        t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf
+    ]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).eval()
 
 
 def _check_dtype(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise LowbitError(f"parameter '{name}' is {parameter.dtype}; lowbit starts from float32: pass model.float()")
+            raise LowbitError(
+                f"parameter '{name}' is {parameter.dtype}; lowbit starts from float32: pass model.float()"
+            )
 
 
 def _follow(model: nn.Module, examples: list[Inputs]) -> tuple[fx.GraphModule, dict[str, str], list[Note]]:
@@ -92,12 +97,14 @@ def _follow(model: nn.Module, examples: list[Inputs]) -> tuple[fx.GraphModule, d
             continue
         called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
         leaves = {name: why for name, why in leaves.items() if name in called}  # others lie inside these
-        notes = [Note(name, f"called as it stands, for it cannot be traced: {why}") for name, why in leaves.items()]
+        notes = [
+            Note(name, f"called as it stands, for it cannot be traced: {why}") for name, why in leaves.items()
+        ]
         return gm, leaves, notes + list(dict.fromkeys(tracer.decisions))
 
 
 def _examples(model: nn.Module, example: Inputs) -> tuple[list[Inputs], list[Any]]:
-    """The example with two samples and with three, where the model takes that, and what the model makes of them."""
+    """The example with two samples and with three, where the model takes that, and its outputs."""
     few = [example.with_samples(n) for n in (2, 3)]
     try:
         return few, [_call(model, inputs) for inputs in few]
@@ -106,7 +113,11 @@ def _examples(model: nn.Module, example: Inputs) -> tuple[list[Inputs], list[Any
             return [example], [_call(model, example)]
         except Exception as error:
             text = f"the model does not run on the example input: {type(error).__name__}: {error}"
-            hint = "; several inputs are a tuple inside the tuple: ((a, b), label)" if isinstance(error, TypeError) else ""
+            hint = (
+                "; several inputs are a tuple inside the tuple: ((a, b), label)"
+                if isinstance(error, TypeError)
+                else ""
+            )
             raise LowbitError(text + hint) from error
 
 
@@ -150,7 +161,9 @@ def _bind(model: nn.Module, example: Inputs) -> tuple[dict[str, Any], dict[str, 
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     parameters = signature.parameters
     rest = {n: p.default for n, p in parameters.items() if n not in given and p.kind not in stars}
-    empty: Mapping[str, Any] = {n: () if s == "*" else {} for n, p in parameters.items() if (s := stars.get(p.kind))}
+    empty: Mapping[str, Any] = {
+        n: () if s == "*" else {} for n, p in parameters.items() if (s := stars.get(p.kind))
+    }
     return {stars.get(parameters[n].kind, "") + n: v for n, v in {**empty, **given}.items()}, rest
 
 

@@ -1,7 +1,7 @@
 """The tracer: it evaluates what it records, so that a branch on a shape can be decided.
 
-Two batches of different sizes go through side by side. A decision that depends on the size of the batch, or on the
-data, is refused: recorded once, it would be wrong for the next call.
+Two batches of different sizes go through side by side. A decision that depends on the size of the batch, or
+on the data, is refused: recorded once, it would be wrong for the next call.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,29 @@ __all__ = ["Tracer", "describe"]
 
 # what a tensor tells of itself without looking at its numbers
 _SHAPES = frozenset(
-    ("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "dtype", "device", "layout", "type")
-    + ("is_cuda", "is_contiguous", "is_floating_point", "is_complex", "is_tensor", "requires_grad", "element_size")
+    (
+        "shape",
+        "size",
+        "dim",
+        "ndim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "dtype",
+        "device",
+        "layout",
+        "type",
+    )
+    + (
+        "is_cuda",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "is_tensor",
+        "requires_grad",
+        "element_size",
+    )
 )
 _CREATORS = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
 _IN_PLACE = {
@@ -76,9 +98,18 @@ class _Proxy(fx.Proxy):
 class _Attribute(_Proxy, Attribute):
     """x.shape, x.device, x.flatten: recorded when it is used."""
 
+    _recorded: fx.Proxy | None = None
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """As in fx, but it holds on to what was recorded, whose value goes with it."""
+        if self._recorded is None:
+            self._recorded = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
+        return self._recorded.node
+
 
 class Tracer(fx.Tracer):
-    """Traces and evaluates side by side: every node knows its value for each of the examples.
+    """Traces and evaluates side by side: every node that can still be read knows its value for each example.
 
     Args:
         leaves: paths of submodules to call as they stand.
@@ -106,7 +137,7 @@ class Tracer(fx.Tracer):
         return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """Parameters that the example leaves out are fixed at their defaults, so that `if mask is None` is decided."""
+        """Parameters that the example leaves out keep their defaults: `if mask is None` is decided."""
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         for i, arg in enumerate(args):
             if isinstance(arg, fx.Proxy) and arg.node.target in self.defaults:
@@ -128,9 +159,14 @@ class Tracer(fx.Tracer):
         return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        proxy = _Proxy(node, self)
+        # once nothing can read a value any more it goes, or tracing would hold every activation of the model
+        weakref.finalize(proxy, self.values.pop, node.name, None).atexit = False
+        return proxy
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["scope"] = self.scope.module_path
         if kind != "output":
@@ -151,7 +187,7 @@ class Tracer(fx.Tracer):
         # an in-place operation must not change the recorded value of its input
         args, kwargs = _protect(node, args, kwargs)
         if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return node.target(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return self.root.get_submodule(str(node.target))(*args, **kwargs)
@@ -191,10 +227,10 @@ class Tracer(fx.Tracer):
         todo, done = [node], set[fx.Node]()
         while todo:
             at = todo.pop()
-            if at in done or isinstance(self.values[at.name][0], Tensor):
+            if at in done or isinstance(at.meta["value"], Tensor):
                 continue
             done.add(at)
-            reads_tensor = any(isinstance(self.values[n.name][0], Tensor) for n in at.all_input_nodes)
+            reads_tensor = any(isinstance(n.meta["value"], Tensor) for n in at.all_input_nodes)
             if reads_tensor and _asks(at) not in _SHAPES:
                 return True
             todo += at.all_input_nodes
@@ -210,15 +246,23 @@ def _asks(node: fx.Node) -> str:
 
 @contextlib.contextmanager
 def _recorded_creators(tracer: Tracer) -> Iterator[None]:
-    """torch.zeros(x.shape[0], 3) and its kin take no proxy; for the time of tracing they record themselves."""
+    """torch.zeros(x.shape[0], 3) and its kin take no proxy; while tracing they record themselves."""
     originals = {name: getattr(torch, name) for name in _CREATORS}
 
     def recording(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def create(*args: Any, **kwargs: Any) -> Any:
             found: list[fx.Proxy] = []
-            fx.node.map_aggregate((args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else a)  # type: ignore[func-returns-value]
-            return tracer.create_proxy("call_function", function, args, kwargs) if found else function(*args, **kwargs)
+
+            def collect(value: Any) -> Any:
+                if isinstance(value, fx.Proxy):
+                    found.append(value)
+                return value
+
+            fx.node.map_aggregate((args, kwargs), collect)
+            if not found:
+                return function(*args, **kwargs)
+            return tracer.create_proxy("call_function", function, args, kwargs)
 
         return create
 
@@ -240,11 +284,15 @@ def _protect(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def describe(value: Any) -> Any:
-    """What the graph remembers of a value: shape and dtype of a tensor, the value itself of a plain number."""
+    """What the graph remembers of a value: shape and dtype of a tensor, a plain number itself."""
     if isinstance(value, Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, (tuple, list)):
-        return type(value)(describe(v) for v in value) if type(value) in (tuple, list) else tuple(describe(v) for v in value)
+        return (
+            type(value)(describe(v) for v in value)
+            if type(value) in (tuple, list)
+            else tuple(describe(v) for v in value)
+        )
     if isinstance(value, dict):
         return {k: describe(v) for k, v in value.items()}
     return value

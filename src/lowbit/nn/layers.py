@@ -1,7 +1,7 @@
 """Float layers that carry a quantizer for their weight, and no other change.
 
-Before `freeze` the latent weight is the very Parameter of the float layer, under the same name. After it only codes,
-scale and zero point remain.
+Before `freeze` the latent weight is the very Parameter of the float layer, under the same name. After it only
+codes, scale and zero point remain.
 """
 
 from __future__ import annotations
@@ -102,7 +102,16 @@ class QLinear(QLayer, nn.Linear):
         return F.linear(input, self.effective_weight(), self.bias)
 
 
-_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_CONV = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
 
 
 @layers.register("Conv1d")
@@ -127,39 +136,53 @@ class QConv2d(QLayer, nn.Conv2d):
 
 @layers.register("ConvTranspose2d")
 class QConvTranspose2d(QLayer, nn.ConvTranspose2d):
-    """Transposed convolution with the weight [in, out / groups, kh, kw] quantized; its channels are axis 1."""
+    """Transposed convolution with the weight [in, out / groups, kh, kw] quantized; channels are axis 1."""
 
     channel_axis = 1
     arguments = (*_CONV, "output_padding")
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # type: ignore[arg-type]
-        return F.conv_transpose2d(
-            input, self.effective_weight(), self.bias, self.stride, self.padding, padding, self.groups, self.dilation  # type: ignore[arg-type]
-        )
+        options: list[Any] = [self.stride, self.padding, self.kernel_size, 2, self.dilation]
+        more = self._output_padding(input, output_size, *options)
+        stride, padding, _, _, dilation = options
+        weight = self.effective_weight()
+        return F.conv_transpose2d(input, weight, self.bias, stride, padding, more, self.groups, dilation)
 
 
 @layers.register("Embedding")
 class QEmbedding(QLayer, nn.Embedding):
     """Rows of a table [entries, width], quantized; only the rows looked up are decoded once frozen."""
 
-    arguments = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    arguments = (
+        "num_embeddings",
+        "embedding_dim",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+    )
 
     def forward(self, input: Tensor) -> Tensor:
         if self.frozen_spec is None:
             return F.embedding(input, self.effective_weight(), self.padding_idx)
         table, rows = self.qweight(), input.reshape(-1)
 
-        def pick(t: Tensor | None) -> Tensor | None:
-            return t if t is None or t.shape[0] == 1 else t[rows]
+        def pick(t: Tensor) -> Tensor:
+            return t if t.shape[0] == 1 else t[rows]
 
-        picked = replace(table, codes=table.codes[rows], scale=pick(table.scale), zero_point=pick(table.zero_point))
+        zero = None if table.zero_point is None else pick(table.zero_point)
+        picked = replace(table, codes=table.codes[rows], scale=pick(table.scale), zero_point=zero)
         return picked.dequantize().reshape(*input.shape, self.embedding_dim)
 
 
 def quantized_layer(kind: type[nn.Module]) -> type[QLayer] | None:
     """The quantized counterpart of a float layer's exact class, or None."""
-    return layers.get(kind.__name__) if kind.__name__ in layers.names() and kind.__module__.startswith("torch.nn") else None
+    return (
+        layers.get(kind.__name__)
+        if kind.__name__ in layers.names() and kind.__module__.startswith("torch.nn")
+        else None
+    )
 
 
 def obstacle(layer: nn.Module) -> str:
@@ -176,7 +199,9 @@ def obstacle(layer: nn.Module) -> str:
 class BoundLayer(nn.Module):
     """A layer with the quantizers of its input and output, for places that no graph reaches."""
 
-    def __init__(self, layer: nn.Module, input_quantizer: Quantizer | None, output_quantizer: Quantizer | None) -> None:
+    def __init__(
+        self, layer: nn.Module, input_quantizer: Quantizer | None, output_quantizer: Quantizer | None
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.input_quantizer = input_quantizer
@@ -194,5 +219,6 @@ class BoundLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             layer = super().__getattr__("layer")
-            frozen = isinstance(layer, QLayer) and layer.frozen_spec is not None
-            return layer.effective_weight() if name == "weight" and frozen else getattr(layer, name)
+            if name == "weight" and isinstance(layer, QLayer) and layer.frozen_spec is not None:
+                return layer.effective_weight()
+            return getattr(layer, name)

@@ -21,15 +21,15 @@ Mode = Literal["off", "observe", "quantize"]
 class Quantizer(nn.Module):
     """Simulated quantization of one tensor.
 
-    `mode` is "off" (identity), "observe" (identity that feeds the observer) or "quantize". The scale and the zero point
-    are buffers in the rank of the tensor, empty until a range is known.
+    `mode` is "off" (identity), "observe" (identity that feeds the observer) or "quantize". The scale and the
+    zero point are buffers in the rank of the tensor, empty until a range is known.
     """
 
     scale: Tensor
     zero_point: Tensor | None
 
     def __init__(self, spec: QuantSpec, observer: str | type[Observer] | None = "minmax") -> None:
-        """Without an observer, as for a weight, whose values are all at hand, the range is given by `set_range`."""
+        """Without an observer, as for a weight, whose values are at hand, `set_range` gives the range."""
         super().__init__()
         self.spec = spec
         self.observer = observers.get(observer)(spec) if observer is not None and spec.kind == "int" else None

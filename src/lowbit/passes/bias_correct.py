@@ -1,4 +1,4 @@
-"""Quantized weights shift and shrink each output channel; these passes put that back into its bias and scale."""
+"""Quantized weights shift and shrink each output channel; here its bias and scale put that right."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ __all__ = ["correct_bias_analytically", "correct_outputs"]
 def correct_outputs(
     gm: fx.GraphModule, float_gm: fx.GraphModule, data: Sequence[Inputs], *, scale: bool = False
 ) -> list[str]:
-    """Empirical and sequential: each layer sees the inputs that the quantized, already corrected layers before it give.
+    """Empirical and sequential: each layer sees what the quantized, corrected layers before it give.
 
-    Bias alone: b += E[y] - E[y_q] over the samples and positions of each output channel (Nagel et al. 2019, section
-    4.2). With `scale`, the least-squares fit y ~ a y_q + c of each channel: clipping and rounding to few levels shrink
-    the output as well as shift it. The factor a goes into the scale of the weight's channel, codes stay as they are;
-    where that scale is shared between channels or a power of two, only the bias is corrected.
+    Bias alone: b += E[y] - E[y_q] over the samples and positions of each output channel (Nagel et al. 2019,
+    section 4.2). With `scale`, the least-squares fit y ~ a y_q + c of each channel: clipping and rounding to
+    few levels shrink the output as well as shift it. The factor a goes into the scale of the weight's
+    channel, codes stay as they are; where that scale is shared between channels or a power of two, only the
+    bias is corrected.
 
     Args:
         gm: the quantized graph, changed in place.
@@ -67,15 +68,17 @@ def _has_own_scales(layer: QLayer) -> bool:
     """Whether each output channel has a scale of its own that may take any value."""
     spec, axis = layer.weight_quantizer.spec, layer.channel_axis
     outputs = layer.weight.shape[axis] * (getattr(layer, "groups", 1) if axis == 1 else 1)
-    return spec.kind == "int" and spec.scale == "float" and spec.scale_shape(layer.weight.shape)[axis] == outputs
+    return (
+        spec.kind == "int" and spec.scale == "float" and spec.scale_shape(layer.weight.shape)[axis] == outputs
+    )
 
 
 def _fit(layer: nn.Module, target: list[Tensor], values: list[Tensor], scale: bool) -> tuple[Tensor, Tensor]:
     """Factor and shift of each output channel that take the values closest to the target, float32."""
     n, sums = 0, torch.zeros(4, 1, dtype=torch.float64)
-    for y, x in zip(target, values, strict=True):
-        dim = _channel_dim(layer, x)
-        y, x = (t.movedim(dim, 0).flatten(1).double() for t in (y, x))
+    for wanted, got in zip(target, values, strict=True):
+        dim = _channel_dim(layer, got)
+        y, x = (t.movedim(dim, 0).flatten(1).double() for t in (wanted, got))
         sums = sums + torch.stack([y.sum(1), x.sum(1), (y * x).sum(1), (x * x).sum(1)])
         n += x.shape[1]
     mean_y, mean_x, mean_yx, mean_xx = sums / max(n, 1)
@@ -83,7 +86,9 @@ def _fit(layer: nn.Module, target: list[Tensor], values: list[Tensor], scale: bo
     if scale:
         variance = mean_xx - mean_x.square()
         varies = variance > 1e-9 * mean_xx
-        factor = torch.where(varies, (mean_yx - mean_y * mean_x) / variance.where(varies, torch.ones_like(variance)), factor)
+        factor = torch.where(
+            varies, (mean_yx - mean_y * mean_x) / variance.where(varies, torch.ones_like(variance)), factor
+        )
         # a factor far from 1 is a channel that is all noise: leave its scale alone
         factor = torch.where((factor > 0.5) & (factor < 2.0), factor, 1.0)
     return factor.float(), (mean_y - factor * mean_x).float()
@@ -100,10 +105,11 @@ def _absorb(layer: QLayer, factor: Tensor, shift: Tensor) -> None:
 
 
 def correct_bias_analytically(gm: fx.GraphModule) -> list[str]:
-    """Without data: the mean of a layer's input follows from the BatchNorm that was folded into the layer before.
+    """Without data: the mean of a layer's input follows from the BatchNorm folded into the layer before.
 
-    With x = clamp(z, 0, top), z ~ N(beta, |gamma|^2), E[x] is the mean of a clipped normal distribution and the output
-    of the next layer is shifted by sum(W_q - W) E[x] (Nagel et al. 2019, section 4.2.1 and appendix C).
+    With x = clamp(z, 0, top), z ~ N(beta, |gamma|^2), E[x] is the mean of a clipped normal distribution and
+    the output of the next layer is shifted by sum(W_q - W) E[x] (Nagel et al. 2019, section 4.2.1 and
+    appendix C).
 
     Returns:
         Names of the corrected layers: those whose input is written by a layer with a folded BatchNorm.
@@ -132,7 +138,7 @@ def _input_mean(node: fx.Node, statistics: dict[str, tuple[Tensor, Tensor]]) -> 
     source = node.args[0]
     assert isinstance(source, fx.Node)
     while kind_of(source) == "quantizer":
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     if source_of(source) is not source:
         return None
     clamp = source if kind_of(source) == "clamp" else None

@@ -20,7 +20,7 @@ __all__ = ["batches", "calibrate_activations", "calibrate_weights"]
 
 
 def batches(data: Any, num_batches: int | None = None) -> Iterator[Inputs]:
-    """Model inputs from a DataLoader, a list, or any iterable of tensors, tuples or dicts; one tensor is one batch.
+    """Model inputs from a DataLoader, a list, any iterable of batches; one tensor or dict is one batch.
 
     Raises:
         LowbitError: the data is no iterable, or a batch is of an unknown kind.
@@ -28,7 +28,10 @@ def batches(data: Any, num_batches: int | None = None) -> Iterator[Inputs]:
     if isinstance(data, (torch.Tensor, dict)):
         data = [data]
     if not isinstance(data, Iterable):
-        raise LowbitError(f"calibration data is a {type(data).__name__}; pass a DataLoader, a list or any iterable of batches")
+        raise LowbitError(
+            f"calibration data is a {type(data).__name__}; "
+            "pass a DataLoader, a list or any iterable of batches"
+        )
     if num_batches is not None and num_batches < 1:
         raise LowbitError(f"num_batches={num_batches} leaves no data; use at least 1")
     for i, batch in enumerate(data):
@@ -64,10 +67,16 @@ def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None =
     Raises:
         LowbitError: there is no data, or it holds NaN or infinity.
     """
-    activations = {n: m for n, m in model.named_modules() if isinstance(m, Quantizer) and not n.endswith("weight_quantizer")}
+    activations = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, Quantizer) and not n.endswith("weight_quantizer")
+    }
     if not activations:
         return []
-    weights = [m for n, m in model.named_modules() if isinstance(m, Quantizer) and n.endswith("weight_quantizer")]
+    weights = [
+        m for n, m in model.named_modules() if isinstance(m, Quantizer) and n.endswith("weight_quantizer")
+    ]
     modes = [(m, m.mode) for m in weights]
     for quantizer in weights:
         quantizer.mode = "off"
@@ -79,11 +88,19 @@ def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None =
             try:
                 inputs.call(model)
             except LowbitError as error:
-                behind = [n for n, m in activations.items() if m.observer is not None and m.observer.batches <= count]
-                raise LowbitError(f"'{behind[0]}', batch {count}: {error}" if behind else str(error)) from None
+                behind = [
+                    n
+                    for n, m in activations.items()
+                    if m.observer is not None and m.observer.batches <= count
+                ]
+                raise LowbitError(
+                    f"'{behind[0]}', batch {count}: {error}" if behind else str(error)
+                ) from None
             count += 1
     if not count:
-        raise LowbitError("the calibration data holds no batch; pass at least one (100 samples or more are wise)")
+        raise LowbitError(
+            "the calibration data holds no batch; pass at least one (100 samples or more are wise)"
+        )
     for quantizer, mode in modes:
         quantizer.mode = mode
     return [name for name, quantizer in activations.items() if not quantizer.finish_observing()]

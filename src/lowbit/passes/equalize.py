@@ -1,4 +1,4 @@
-"""Cross-layer equalization: move the scale of each channel from the weights that write it to those that read it."""
+"""Cross-layer equalization: move the scale of a channel from the weights that write it to the readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Equalized", "equalize"]
 
 @dataclass(frozen=True)
 class Equalized:
-    """What equalization did: regions scaled, and how uneven the channels were (largest / smallest range, median)."""
+    """Regions scaled, and how uneven the channels were (largest over smallest range, median of layers)."""
 
     regions: int
     layers: int
@@ -25,12 +25,13 @@ class Equalized:
 
 
 def equalize(gm: fx.GraphModule, *, relu6: bool = False, sweeps: int = 10) -> Equalized:
-    """Scale weights in place so that, for each channel, those that write it and those that read it have equal ranges.
+    """Scale weights in place until those that write a channel and those that read it have equal ranges.
 
-    A region is a chain of two layers, or a residual stream with all the layers that write and read it. Its channel c is
-    divided by s_c = sqrt(r1_c / r2_c), with r1 and r2 the largest magnitudes in the weights that write and that read
-    the channel (Nagel et al. 2019, eq. 11, over several layers). ReLU, PReLU, pooling and additions commute with a
-    positive scale, so the output does not change; regions share layers, so sweeps repeat until nothing moves.
+    A region is a chain of two layers, or a residual stream with all the layers that write and read it. Its
+    channel c is divided by s_c = sqrt(r1_c / r2_c), with r1 and r2 the largest magnitudes in the weights that
+    write and that read the channel (Nagel et al. 2019, eq. 11, over several layers). ReLU, PReLU, pooling and
+    additions commute with a positive scale, so the output does not change; regions share layers, so sweeps
+    repeat until nothing moves.
 
     Args:
         relu6: pass through ReLU6 too, although its bound does not scale: the output then changes.

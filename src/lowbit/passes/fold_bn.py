@@ -15,9 +15,9 @@ __all__ = ["fold_bn"]
 def fold_bn(gm: fx.GraphModule) -> list[tuple[str, str]]:
     """Multiply each BatchNorm into the weight and bias before it, in place.
 
-    y = gamma (W x + b - mean) / sqrt(var + eps) + beta. The mean beta and the deviation |gamma| of each channel are kept
-    in `gm.meta["statistics"]` under the name of the layer, for analytic bias correction; what is returned also stands in
-    `gm.meta["unfolded"]`, for the coverage table.
+    y = gamma (W x + b - mean) / sqrt(var + eps) + beta. The mean beta and the deviation |gamma| of each
+    channel are kept in `gm.meta["statistics"]` under the name of the layer, for analytic bias correction;
+    what is returned also stands in `gm.meta["unfolded"]`, for the coverage table.
 
     Returns:
         (name, reason) of each BatchNorm that stays.
@@ -44,7 +44,9 @@ def _fold(layer: nn.Module, factor: Tensor, mean: Tensor, shift: Tensor) -> None
     weight = layer.weight.detach()
     per_weight = factor
     if axis == 1 and layer.groups > 1:  # axis 1 holds the channels of one group; the groups lie along axis 0
-        per_weight = factor.reshape(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, dim=0)
+        per_weight = factor.reshape(layer.groups, -1).repeat_interleave(
+            weight.shape[0] // layer.groups, dim=0
+        )
         shape = (weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
     else:
         shape = tuple(-1 if d == axis else 1 for d in range(weight.ndim))

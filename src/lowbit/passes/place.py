@@ -9,7 +9,15 @@ from torch import fx, nn
 
 from lowbit.core.spec import PerChannel, QuantSpec
 from lowbit.errors import LowbitError
-from lowbit.graph.match import hidden_layers, operations, path_name, rule_name, source_of, tail_of, tensor_inputs
+from lowbit.graph.match import (
+    hidden_layers,
+    operations,
+    path_name,
+    rule_name,
+    source_of,
+    tail_of,
+    tensor_inputs,
+)
 from lowbit.graph.ops import INTEGER, kind_of, module_of
 from lowbit.graph.rewrite import finish, insert_after, swap
 from lowbit.nn.layers import BoundLayer, QLayer, quantized_layer
@@ -58,11 +66,11 @@ def resolve(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
 def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     """Put a quantizer on every weight and on every tensor that an integer kernel reads or writes, in place.
 
-    A tensor is quantized once, where it is produced: behind the clamp of the layer or addition that made it, and not
-    between the two; operations that only move values share the quantizer of their input. Its spec is the widest that its
-    readers ask for. A model input or the result of a floating point operation is quantized when an integer kernel
-    reads it. A linear layer that writes an output of the model hands out its accumulators, scaled: rounding them once
-    more would only lose accuracy.
+    A tensor is quantized once, where it is produced: behind the clamp of the layer or addition that made it,
+    and not between the two; operations that only move values share the quantizer of their input. Its spec is
+    the widest that its readers ask for. A model input or the result of a floating point operation is
+    quantized when an integer kernel reads it. A linear layer that writes an output of the model hands out its
+    accumulators, scaled: rounding them once more would only lose accuracy.
 
     Raises:
         LowbitError: a rule that matches nothing, a group size that does not divide.
@@ -78,10 +86,9 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
         if not _leaves_as_float(node):
             wanted.setdefault(tail_of(node), rule)
     for path, layer in _layers(gm):
-        rule = rules[path_name(gm, path)]
-        kind = quantized_layer(type(layer))
-        if rule is not None and rule.weight is not None and kind is not None:
-            swap(gm, path, _quantized(layer, kind, rule, path))
+        asked, kind = rules[path_name(gm, path)], quantized_layer(type(layer))
+        if asked is not None and asked.weight is not None and kind is not None:
+            swap(gm, path, _quantized(layer, kind, asked, path))
     for node, rule in wanted.items():
         assert rule.activation is not None
         insert_after(gm, node, f"{QUANTIZERS}.{node.name}", Quantizer(rule.activation, rule.observer))
@@ -92,7 +99,7 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
 
 
 def _leaves_as_float(node: fx.Node) -> bool:
-    """A table lookup, or a linear layer that writes an output of the model: its kernel gives floats for free."""
+    """A table lookup, or a linear layer that writes an output of the model: floats come for free."""
     module = module_of(node) if node.op == "call_module" else None
     if isinstance(module, nn.Embedding):
         return True

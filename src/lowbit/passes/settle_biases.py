@@ -16,18 +16,25 @@ __all__ = ["settle_biases"]
 def settle_biases(gm: fx.GraphModule) -> None:
     """Put biases on the grid of 32-bit codes at the scale of the accumulator, in place.
 
-    A channel so small that its bias would not fit gets a larger scale. A layer called once keeps the rounded bias, so
-    that the simulation adds what the kernel adds.
+    A channel so small that its bias would not fit gets a larger scale. A layer called once keeps the rounded
+    bias, so that the simulation adds what the kernel adds.
     """
     counts = calls(gm)
     for node in layer_nodes(gm):
         layer, source = module_of(node), input_quantizer(node)
-        if not isinstance(layer, QLayer) or layer.frozen_spec is not None or source is None or layer.bias is None:
+        if (
+            not isinstance(layer, QLayer)
+            or layer.frozen_spec is not None
+            or source is None
+            or layer.bias is None
+        ):
             continue
         quantizer, bias = layer.weight_quantizer, layer.bias.detach()
         if quantizer.spec.kind != "int" or source.spec.kind != "int" or source.scale.numel() != 1:
             continue
         need = bias.abs() / (source.scale.reshape(()) * 2.0**30)
+        if quantizer.spec.scale == "pow2":
+            need = torch.exp2(torch.ceil(torch.log2(need)))
         if quantizer.scale.numel() != bias.numel():
             quantizer.scale = torch.maximum(quantizer.scale, need.max())
         else:

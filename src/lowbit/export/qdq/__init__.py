@@ -1,4 +1,4 @@
-"""ONNX files in the QuantizeLinear / DequantizeLinear form that ONNX Runtime and OpenVINO run on integer kernels."""
+"""ONNX files in the QuantizeLinear / DequantizeLinear form, for integer kernels of ONNX Runtime, OpenVINO."""
 
 from lowbit.export.qdq.emitters import CODES
 from lowbit.export.qdq.file import write_float, write_quantized

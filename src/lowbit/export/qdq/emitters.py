@@ -1,8 +1,8 @@
-"""Modules that stand in for quantizers and quantized layers during export and write the ONNX operators they mean.
+"""Modules that stand in for quantizers and quantized layers during export and write the ONNX they mean.
 
-The patterns are those that ONNX Runtime replaces by integer kernels: a QuantizeLinear / DequantizeLinear pair on both
-sides of each operation, also of those that only move values; int32 biases at the scale of the accumulator; fully
-connected layers as Gemm; global pooling as GlobalAveragePool.
+The patterns are those that ONNX Runtime replaces by integer kernels: a QuantizeLinear / DequantizeLinear
+pair on both sides of each operation, also of those that only move values; int32 biases at the scale of the
+accumulator; fully connected layers as Gemm; global pooling as GlobalAveragePool.
 """
 
 from __future__ import annotations
@@ -21,18 +21,30 @@ from lowbit.errors import LowbitError
 from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QEmbedding, QLayer, QLinear
 from lowbit.nn.quantizer import Quantizer
 
-__all__ = ["CODES", "Clamped", "EmitGlobalAveragePool", "EmitQuantizer", "NIBBLES", "NIBBLES_CAST", "emit_layer"]
+__all__ = [
+    "CODES",
+    "NIBBLES",
+    "NIBBLES_CAST",
+    "Clamped",
+    "EmitGlobalAveragePool",
+    "EmitQuantizer",
+    "emit_layer",
+]
 
-# metadata key of the operator whose codes `verify` reads, and marks of initializers that become 4-bit tensors:
-# read as they are, or cast to int8 first, which the runtime does once while loading and integer kernels need
+# metadata key of the operator whose codes `verify` reads, and marks of initializers that become 4-bit
+# tensors: read as they are, or cast to int8 first, which integer kernels need and the runtime does once
 CODES = "lowbit.codes"
 NIBBLES, NIBBLES_CAST = "nibbles", "nibbles_cast"
 
 
-def op(name: str, inputs: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[Any], **attributes: Any) -> Tensor:
+def op(
+    name: str, inputs: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[Any], **attributes: Any
+) -> Tensor:
     """Write one ONNX operator."""
     metadata = attributes.pop("metadata", None)
-    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, metadata_props=metadata)
+    return torch.onnx.ops.symbolic(
+        name, inputs, attributes, dtype=dtype, shape=shape, metadata_props=metadata
+    )
 
 
 def storage(spec: QuantSpec) -> torch.dtype:
@@ -49,13 +61,19 @@ class EmitQuantizer(nn.Module):
         super().__init__()
         spec = quantizer.spec
         if spec.rounding != "half_even":
-            raise LowbitError(f"'{name}': ONNX rounds half to even; rounding='{spec.rounding}' cannot be exported")
+            raise LowbitError(
+                f"'{name}': ONNX rounds half to even; rounding='{spec.rounding}' cannot be exported"
+            )
         self.name, self.spec, self.dtype = name, spec, storage(spec)
         self.axis = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None
         if spec.kind == "float":
             return
         flat = [-1] if self.axis is not None else []
-        zero = torch.zeros_like(quantizer.scale, dtype=torch.int32) if quantizer.zero_point is None else quantizer.zero_point
+        zero = (
+            torch.zeros_like(quantizer.scale, dtype=torch.int32)
+            if quantizer.zero_point is None
+            else quantizer.zero_point
+        )
         self.register_buffer("scale", quantizer.scale.reshape(flat).clone())
         self.register_buffer("zero_point", zero.reshape(flat).to(self.dtype))
         limits = torch.iinfo(self.dtype)
@@ -100,14 +118,19 @@ class _Weight(nn.Module):
         super().__init__()
         codes, spec = q.codes, q.spec
         self.attributes: dict[str, int] = {}
-        self.half = spec.kind == "float"
+        self.is_half = spec.kind == "float"
         self.rows = codes.ndim
         scale, zero = q.scale, q.zero_point
         if isinstance(spec.granularity, PerGroup):
             axis = spec.granularity.axis % codes.ndim
             self.attributes = {"axis": axis, "block_size": spec.granularity.size}
-            shape = [s if d == axis else n for d, (s, n) in enumerate(zip(scale.shape, codes.shape, strict=True))]
-            scale, zero = expand_to(scale, shape).expand(shape), None if zero is None else expand_to(zero, shape).expand(shape)
+            shape = [
+                s if d == axis else n for d, (s, n) in enumerate(zip(scale.shape, codes.shape, strict=True))
+            ]
+            scale, zero = (
+                expand_to(scale, shape).expand(shape),
+                None if zero is None else expand_to(zero, shape).expand(shape),
+            )
         elif isinstance(spec.granularity, PerChannel):
             self.attributes = {"axis": spec.granularity.axis % codes.ndim}
             scale, zero = scale.reshape(-1), None if zero is None else zero.reshape(-1)
@@ -116,20 +139,21 @@ class _Weight(nn.Module):
         if transpose:
             codes = codes.t()
             self.attributes.update({"axis": 1 - self.attributes["axis"]} if self.attributes else {})
-            scale, zero = (None if t is None else t.t() if t.ndim == 2 else t for t in (scale, zero))
+            scale = scale.t() if scale.ndim == 2 else scale
+            zero = zero.t() if zero is not None and zero.ndim == 2 else zero
         self.mark = "codes"
-        if not self.half and spec.bits <= 4:
+        if not self.is_half and spec.bits <= 4:
             self.mark = NIBBLES_CAST if integer else NIBBLES
         self.register_buffer(self.mark, codes.contiguous())
-        if not self.half:
-            self.register_buffer("scale", scale.contiguous().clone())  # type: ignore[union-attr]
+        if not self.is_half:
+            self.register_buffer("scale", scale.contiguous().clone())
             if zero is None and integer:  # without it a layer with float output gets no integer kernel
-                zero = torch.zeros_like(scale, dtype=codes.dtype)  # type: ignore[arg-type]
+                zero = torch.zeros_like(scale, dtype=codes.dtype)
             self.register_buffer("zero_point", None if zero is None else zero.to(codes.dtype).contiguous())
 
     def forward(self) -> Tensor:
         codes = self.get_buffer(self.mark)
-        if self.half:
+        if self.is_half:
             return codes.float()
         inputs = (codes, self.scale) if self.zero_point is None else (codes, self.scale, self.zero_point)
         return op("DequantizeLinear", inputs, torch.float32, codes.shape, **self.attributes)
@@ -174,7 +198,9 @@ class _EmitLayer(nn.Module):
             return product if bias is None else product + bias
         g = self.geometry
         if self.kind is QConvTranspose2d:
-            return F.conv_transpose2d(x, weight, bias, g["stride"], g["padding"], g["output_padding"], g["groups"], g["dilation"])
+            return F.conv_transpose2d(
+                x, weight, bias, g["stride"], g["padding"], g["output_padding"], g["groups"], g["dilation"]
+            )
         padding = g["padding"]
         if g["padding_mode"] != "zeros":
             x, padding = F.pad(x, g["reversed_padding"], mode=g["padding_mode"]), 0
@@ -199,7 +225,11 @@ class _EmitEmbedding(nn.Module):
         q = layer.qweight()
         self.register_buffer("codes", q.codes)
         self.register_buffer("scale", q.scale.expand(q.codes.shape[0], *q.scale.shape[1:]).clone())
-        zero = None if q.zero_point is None else q.zero_point.expand(q.codes.shape[0], *q.scale.shape[1:]).clone()
+        zero = (
+            None
+            if q.zero_point is None
+            else q.zero_point.expand(q.codes.shape[0], *q.scale.shape[1:]).clone()
+        )
         self.register_buffer("zero_point", zero)
 
     def forward(self, index: Tensor) -> Tensor:
@@ -230,6 +260,10 @@ def _integer_bias(layer: QLayer, source: Quantizer) -> tuple[Tensor, Tensor]:
     """Bias codes and their scale, that of the accumulator."""
     assert layer.bias is not None
     weight = layer.weight_quantizer
-    scale = weight.scale.reshape(-1) if isinstance(weight.spec.granularity, PerChannel) else weight.scale.reshape(-1)[0]
+    scale = (
+        weight.scale.reshape(-1)
+        if isinstance(weight.spec.granularity, PerChannel)
+        else weight.scale.reshape(-1)[0]
+    )
     scale = source.scale.reshape(()) * scale
     return bias_codes(layer.bias.detach(), scale), scale

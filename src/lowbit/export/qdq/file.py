@@ -1,8 +1,9 @@
-"""From a graph to an ONNX file: emitters in, torch's exporter, a few touches on the result, an atomic write."""
+"""From a graph to an ONNX file: emitters in, torch's exporter, a few touches, an atomic write."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit.errors import LowbitError
-from lowbit.export.qdq.emitters import CODES, NIBBLES, NIBBLES_CAST, Clamped, EmitGlobalAveragePool, EmitQuantizer, emit_layer
+from lowbit.export.qdq.emitters import (
+    CODES,
+    NIBBLES,
+    NIBBLES_CAST,
+    Clamped,
+    EmitGlobalAveragePool,
+    EmitQuantizer,
+    emit_layer,
+)
 from lowbit.files import atomic_path
 from lowbit.graph.match import input_quantizer, is_global_pool, source_of
 from lowbit.graph.ops import clamp_bounds, is_tensor, kind_of, module_of
@@ -63,7 +72,7 @@ def _emit(gm: fx.GraphModule) -> None:
         elif kind_of(node) == "layer" and isinstance(module_of(node), QLayer):
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            swaps.append((node, emit_layer(module_of(node), sources[node], source.meta["value"].ndim)))  # type: ignore[arg-type]
+            swaps.append((node, emit_layer(module_of(node), sources[node], source.meta["value"].ndim)))
         elif is_global_pool(node):
             swaps.append((node, EmitGlobalAveragePool()))
         elif kind_of(node) == "clamp" and _is_free(node):
@@ -81,7 +90,7 @@ def _emit(gm: fx.GraphModule) -> None:
 
 
 def _requantize_moved_values(gm: fx.GraphModule) -> None:
-    """Integer kernels want codes on both sides of an operation: repeat the quantizer behind those that move values."""
+    """Integer kernels want codes on both sides: repeat the quantizer behind operations that move values."""
     for node in list(gm.graph.nodes):
         if kind_of(node) != "pass" or not is_tensor(node) or kind_of(source_of(node)) != "quantizer":
             continue
@@ -91,7 +100,10 @@ def _requantize_moved_values(gm: fx.GraphModule) -> None:
             again = Quantizer(quantizer.spec)
             rank = [1] * node.meta["value"].ndim
             zero = quantizer.zero_point
-            again.scale, again.zero_point = quantizer.scale.reshape(rank), None if zero is None else zero.reshape(rank)
+            again.scale, again.zero_point = (
+                quantizer.scale.reshape(rank),
+                None if zero is None else zero.reshape(rank),
+            )
             again.mode = "quantize"
             insert_after(gm, node, f"moved.{node.name}", again)
 
@@ -136,32 +148,49 @@ def _write(module: nn.Module, example: Inputs, path: Path) -> Path:
 
 
 def _export(module: nn.Module, example: Inputs) -> onnx.ModelProto:
-    """Run torch's exporter with a dynamic first axis; where the model fixes the batch, with the example's shapes."""
+    """Run torch's exporter with a dynamic first axis; where the model fixes the batch, without."""
     args, kwargs = (_pairs(v) for v in (example.args, dict(example.kwargs)))
-    shapes = [_first_axis(a) for a in args], {k: _first_axis(v) for k, v in kwargs.items()}
-    dynamic = shapes[1] if kwargs and not args else tuple(shapes[0])
+    names = inspect.signature(module.forward).parameters
+    given = dict(zip(names, args, strict=False)) | kwargs
+    dynamic = {name: _first_axis(value) for name, value in given.items()}
     failure: Exception | None = None
     with _quiet():
-        for dynamic_shapes in (dynamic if not (args and kwargs) else None, None):
+        for dynamic_shapes in (dynamic, None):
             try:
                 program = torch.onnx.export(
-                    module, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic_shapes, verbose=False
+                    module,
+                    args,
+                    kwargs=kwargs,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    dynamic_shapes=dynamic_shapes,
+                    verbose=False,
                 )
                 assert program is not None
                 return program.model_proto
             except Exception as error:
                 failure = failure or error
     reason = str(failure.__cause__ or failure).strip().splitlines()[0]
-    raise LowbitError(f"the model has no ONNX form: {reason}; see q.coverage() for what could not be traced") from failure
+    raise LowbitError(
+        f"the model has no ONNX form: {reason}; see q.coverage() for what could not be traced"
+    ) from failure
 
 
 def _pairs(values: Any) -> Any:
     """At least two samples: the exporter takes an axis of length 1 for a constant."""
 
     def grow(value: Any) -> Any:
-        return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1 else value
+        return (
+            torch.cat([value, value])
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1
+            else value
+        )
 
-    return {k: grow(v) for k, v in values.items()} if isinstance(values, dict) else tuple(grow(v) for v in values)
+    return (
+        {k: grow(v) for k, v in values.items()}
+        if isinstance(values, dict)
+        else tuple(grow(v) for v in values)
+    )
 
 
 def _first_axis(value: Any) -> dict[int, Any] | None:
@@ -209,7 +238,9 @@ def _pack_nibbles(proto: onnx.ModelProto) -> None:
         name = tensor.name if mark == NIBBLES else f"{tensor.name}.packed"
         if mark == NIBBLES_CAST:
             wide = onnx.TensorProto.INT8 if codes.dtype == np.int8 else onnx.TensorProto.UINT8
-            casts.append(onnx.helper.make_node("Cast", [name], [tensor.name], name=f"{tensor.name}.cast", to=wide))
+            casts.append(
+                onnx.helper.make_node("Cast", [name], [tensor.name], name=f"{tensor.name}.cast", to=wide)
+            )
         packed = onnx.helper.make_tensor(name, kind, codes.shape, _nibbles(codes), raw=True)
         graph.initializer.remove(tensor)
         graph.initializer.append(packed)
@@ -221,12 +252,18 @@ def _pack_nibbles(proto: onnx.ModelProto) -> None:
 
 def _narrow_zero_point(graph: onnx.GraphProto, codes: str, kind: int) -> None:
     """DequantizeLinear wants codes and zero point of one type."""
-    names = {n.input[2] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] == codes and len(n.input) > 2}
+    names = {
+        n.input[2]
+        for n in graph.node
+        if n.op_type == "DequantizeLinear" and n.input[0] == codes and len(n.input) > 2
+    }
     for tensor in list(graph.initializer):
         if tensor.name in names:
             zeros = onnx.numpy_helper.to_array(tensor)
             graph.initializer.remove(tensor)
-            graph.initializer.append(onnx.helper.make_tensor(tensor.name, kind, zeros.shape, _nibbles(zeros), raw=True))
+            graph.initializer.append(
+                onnx.helper.make_tensor(tensor.name, kind, zeros.shape, _nibbles(zeros), raw=True)
+            )
 
 
 def _nibbles(codes: np.ndarray[Any, Any]) -> bytes:
