@@ -58,6 +58,16 @@ FLOAT: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
         "its weight is computed, not a Parameter",
         "compute the weight once, before quantizing, and hold it in a layer",
     ),
+    "functional BatchNorm": (
+        lambda: Fn(
+            lambda m, x: F.batch_norm(m.a(x), m.n.running_mean, m.n.running_var),
+            a=conv(3, 8),
+            n=nn.BatchNorm2d(8),
+        ),
+        "batch_norm",
+        NO_KERNEL,
+        "use nn.BatchNorm1d or nn.BatchNorm2d, which can be folded",
+    ),
     "LSTM": (
         lambda: Fn(lambda m, x: m.fc(m.lstm(x[:, 0])[0]), lstm=nn.LSTM(8, 8), fc=nn.Linear(8, 4)),
         "lstm",
@@ -134,6 +144,15 @@ def test_weights_only() -> None:
     }
     assert got["a"].cure == "Rule(match='a', weight=INT8, activation=UINT8)"
     assert got["adaptive_avg_pool2d"].cure == "Rule(match='adaptive_avg_pool2d', activation=UINT8)"
+
+
+def test_a_relu_behind_a_layer_in_float_is_in_float() -> None:
+    """Its result is quantized, because the next layer reads it; but no integer kernel computes it."""
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8))
+    got = rows(model, preset("w8a8").with_rule(Rule(match="0", weight=INT8)))
+    assert (got["0"].status, got["0"].output) == ("weight", "float")
+    assert (got["1"].status, got["1"].output) == ("float", "uint8+zp/tensor")
+    assert got["1"].why == "its input is not quantized"
 
 
 def test_every_cure_that_is_a_rule_works() -> None:

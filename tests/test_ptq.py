@@ -112,6 +112,95 @@ def test_a_shuffled_loader_and_one_batch() -> None:
     assert sqnr(model(X), lowbit.quantize(model, "w8a8", calibration=loader)(X)) > 30
 
 
+# --- networks that mix integers and floats
+
+
+class Transformer(nn.Module):
+    """Patches, a class token, a learned position, pre-norm attention and a GELU block."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(3, 16, 4, stride=4), nn.Parameter(torch.randn(1, 1, 16) * 0.1)
+        self.position, self.fused = nn.Parameter(torch.randn(1, 9, 16) * 0.1), fused
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = x + self.position[:, : x.size(1)]
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = torch.softmax(q @ k.mT / 8**0.5, -1) @ v
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head((x + self.mlp(x))[:, 0])
+
+
+class UNet(nn.Module):
+    """Down, up by a transposed convolution or nearest neighbour, and a skip by concatenation."""
+
+    def __init__(self, nearest: bool) -> None:
+        super().__init__()
+        self.down = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.deep = nn.Sequential(nn.MaxPool2d(2), conv(8, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.up, self.out, self.nearest = (
+            nn.ConvTranspose2d(16, 16, 2, stride=2),
+            nn.Conv2d(24, 2, 1),
+            nearest,
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        skip = self.down(x)
+        deep = self.deep(skip)
+        wide = F.interpolate(deep, size=skip.shape[2:]) if self.nearest else self.up(deep)
+        return {"mask": self.out(torch.cat((skip, wide), 1))}
+
+
+class Mixed(nn.Module):
+    """Layers that stay in float between others that do not."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.middle, self.head = nn.Embedding(20, 16), middle, nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y = self.middle(x, x, x) if isinstance(self.middle, nn.MultiheadAttention) else self.middle(x)
+        return self.head(y[0])
+
+
+IDS = torch.randint(0, 20, (32, 6))
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
+    "attention as plain operations": (
+        lambda: Transformer(False),
+        X,
+        {"norm", "truediv", "softmax", "mlp.0", "mlp.2"},
+    ),
+    "scaled_dot_product_attention": (
+        lambda: Transformer(True),
+        X,
+        {"norm", "scaled_dot_product_attention", "mlp.0", "mlp.2"},
+    ),
+    "U-Net, transposed": (lambda: UNet(False), X, set()),
+    "U-Net, nearest neighbour": (lambda: UNet(True), X, set()),
+    "LSTM": (lambda: Mixed(nn.LSTM(16, 16, batch_first=True)), IDS, {"middle"}),
+    "MultiheadAttention": (lambda: Mixed(nn.MultiheadAttention(16, 4, batch_first=True)), IDS, {"middle"}),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str) -> None:
+    build, data, in_float = NETWORKS[name]
+    model = settle(build(), data)
+    q = lowbit.quantize(model, "w8a8", calibration=list(data.split(16)))
+    assert {row.name for row in q.coverage().rows if row.status == "float"} == in_float
+    assert sqnr(model(data), q(data)) > 25
+    assert sqnr(model(data[:5]), q(data[:5])) > 20, "at another batch size"
+
+
 # --- freezing
 
 

@@ -140,7 +140,7 @@ def _inputs(node: fx.Node) -> str:
 
 
 def _output_quantizer(node: fx.Node) -> Quantizer | None:
-    users = list(tail_of(node).users)
+    users = list((tail_of(node) if _runs_on_integers(node) else node).users)
     return quantizer_of(users[0]) if len(users) == 1 and kind_of(users[0]) == "quantizer" else None
 
 
@@ -149,9 +149,20 @@ def _output(node: fx.Node) -> str:
     return str(quantizer.spec) if quantizer else "float"
 
 
+def _runs_on_integers(node: fx.Node) -> bool:
+    """Whether the operation has an integer kernel whose operands are all codes."""
+    if kind_of(node) not in INTEGER or not _all_integer(node):
+        return False
+    if kind_of(node) != "layer":
+        return True
+    layer = module_of(node)
+    known = isinstance(layer, QLayer) and not isinstance(layer, nn.Embedding)
+    return known and layer.weight_quantizer.spec.kind == "int"
+
+
 def _fused(node: fx.Node) -> bool:
     source = node.args[0]
-    direct = isinstance(source, fx.Node) and kind_of(source) in INTEGER and len(source.users) == 1
+    direct = isinstance(source, fx.Node) and _runs_on_integers(source) and len(source.users) == 1
     return direct and _output_quantizer(node) is not None
 
 
@@ -205,6 +216,8 @@ def _cure(node: fx.Node) -> str:
         return _CURES.get(reason, "write it so that torch.fx can trace it")
     if node.target in _WEIGHTED:
         return "compute the weight once, before quantizing, and hold it in a layer"
+    if node.target is nn.functional.batch_norm:
+        return "use nn.BatchNorm1d or nn.BatchNorm2d, which can be folded"
     if node.target is nn.functional.scaled_dot_product_attention:
         return "write attention with matmul and softmax to quantize its products"
     return _cure_of(module_of(node)) if node.op == "call_module" else ""

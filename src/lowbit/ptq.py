@@ -46,16 +46,16 @@ def quantize(
     says what each did.
 
     Args:
-        model: any nn.Module; it is evaluated, never trained. recipe: a preset ("w8a8", "w8", "w4a8", "w4",
-        "fp16"), a Recipe, or the path of a YAML file. calibration: a DataLoader, a list, or any iterable of
-        tensors, tuples (the first element is the input) or dicts
-            (keyword arguments). Labels are never needed. Without it only weights can be quantized.
+        model: any nn.Module; it is evaluated, never trained.
+        recipe: a preset ("w8a8", "w8", "w4a8", "w4", "fp16"), a Recipe, or the path of a YAML file.
+        calibration: a DataLoader, a list, or any iterable of tensors, tuples (the first element is the input)
+            or dicts (keyword arguments). Labels are never needed. Without it only weights can be quantized.
         num_batches: how many batches of it to use; all by default.
         example_inputs: one batch, for tracing, when there is no calibration data.
 
     Raises:
         LowbitError: activations are to be quantized without data, a rule matches nothing, the model does not
-        run.
+            run.
     """
     recipe = Recipe.get(recipe)
     if calibration is None and recipe.quantizes_activations:

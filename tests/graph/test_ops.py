@@ -92,6 +92,11 @@ FUNCTIONS: list[tuple[str, Callable[..., Any], Kind]] = [
     ("nearest neighbour", lambda m, x: F.interpolate(x, scale_factor=2), "pass"),
     ("bilinear", lambda m, x: F.interpolate(x, scale_factor=2, mode="bilinear"), "float"),
     ("dropout that is off", lambda m, x: F.dropout(x, training=False), "pass"),
+    ("detach", lambda m, x: x.detach(), "pass"),
+    ("data", lambda m, x: x.data, "pass"),
+    ("transposed matrices", lambda m, x: x.mT, "pass"),
+    ("to the precision it has", lambda m, x: x.float(), "pass"),
+    ("to another precision", lambda m, x: x.half().float(), "float"),
     ("sine", lambda m, x: torch.sin(x), "float"),
 ]
 

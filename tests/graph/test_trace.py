@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import STYLES, DataBranch, Fn, conv, image, settle, traced
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lowbit import LowbitError
 from lowbit.graph.inputs import Inputs, Note
 from lowbit.graph.run import flat_tensors
 from lowbit.graph.trace import trace
+from lowbit.graph.tracer import Tracer
 
 
 def assert_equal_at_any_batch(model: nn.Module, *example: Tensor) -> None:
@@ -236,6 +237,45 @@ def test_what_cannot_be_followed_is_called_as_it_stands(name: str, reason: str) 
 def test_decisions_on_shapes_are_said(name: str, texts: list[str]) -> None:
     build, shape = MODELS[name]
     assert [note.text for note in notes_of(build(), torch.randn(shape))] == texts
+
+
+class Causal(nn.Module):
+    """A buffer that is cut to the length of the input, and a Parameter that decides a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(12, 12).tril().bool())
+        self.register_buffer("flag", torch.tensor(1))
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.size(1)
+        y = (x @ x.mT).masked_fill(~self.mask[:steps, :steps], -1e9).softmax(-1)
+        if self.gain > 1 and self.flag:
+            y = y * self.gain
+        return y @ x
+
+
+def test_buffers_and_parameters_follow_the_input_or_decide() -> None:
+    gm, notes = trace(Causal(), Inputs((torch.randn(4, 6, 8),)))
+    assert notes == []
+    for steps in (6, 3, 12):
+        x = torch.randn(5, steps, 8)
+        assert torch.equal(gm(x), Causal()(x))
+
+
+def test_tracing_holds_few_activations() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
+    tracer = Tracer(frozenset(), [{"input": torch.randn(2, 4)}], {})
+    most, evaluate = [], tracer._evaluate
+
+    def watch(node: fx.Node, example: int) -> Any:
+        most.append(len(tracer.values))
+        return evaluate(node, example)
+
+    tracer._evaluate = watch  # type: ignore[method-assign]
+    tracer.trace(model)
+    assert max(most) <= 3
 
 
 def test_only_the_submodule_that_holds_the_branch_becomes_a_leaf() -> None:

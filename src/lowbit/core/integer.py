@@ -31,7 +31,7 @@ class Grid:
 
 
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
-    """int32 codes rint(f32(bias / scale)); the scale is the accumulator's, f32(input scale * weight scale)."""
+    """int32 codes rint(f32(bias / scale)); the scale is that of the accumulator, input times weight."""
     limit = 2.0**31 - 1
     return torch.round(bias / scale).double().clamp(-limit, limit).to(torch.int32)
 

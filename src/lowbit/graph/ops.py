@@ -58,7 +58,7 @@ _FUNCTIONS: dict[object, Kind] = {
         (operator.getitem, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze)
         + (torch.unsqueeze, torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select)
         + (torch.swapaxes, torch.flip, torch.movedim, F.max_pool1d, F.max_pool2d, torch.max_pool1d)
-        + (torch.max_pool2d, F.dropout, F.dropout2d, F.pixel_shuffle, F.pad, F.interpolate),
+        + (torch.max_pool2d, F.dropout, F.dropout2d, F.pixel_shuffle, F.pad, F.interpolate, getattr),
         "pass",
     ),
 }
@@ -70,7 +70,7 @@ _METHODS: dict[str, Kind] = {
     **dict.fromkeys(
         ("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split")
         + ("contiguous", "unbind", "narrow", "select", "expand", "expand_as", "repeat", "swapaxes")
-        + ("movedim", "unflatten", "t"),
+        + ("movedim", "unflatten", "t", "detach", "clone", "float"),
         "pass",
     ),
 }
@@ -143,7 +143,7 @@ def _holds_zero(node: fx.Node) -> bool:
 
 
 def _moves_only(node: fx.Node) -> bool:
-    """Padding with other values than zero, resizing that mixes pixels and active dropout make new values."""
+    """Padding with other values than zero, mixing pixels, active dropout and casts make new values."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not _has_floats(source.meta.get("value")):
         return False
@@ -154,7 +154,9 @@ def _moves_only(node: fx.Node) -> bool:
         return _argument(node, 3, "mode", "nearest") == "nearest"
     if node.target in (F.dropout, F.dropout2d):
         return _argument(node, 2, "training", True) is False
-    return True
+    if node.target is getattr:
+        return node.args[1] in ("data", "T", "mT")
+    return node.target != "float" or source.meta["value"].dtype == torch.float32
 
 
 def _argument(node: fx.Node, position: int, name: str, default: object) -> object:

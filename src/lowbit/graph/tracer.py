@@ -117,6 +117,9 @@ class Tracer(fx.Tracer):
         defaults: arguments that the examples leave out; they are fixed.
     """
 
+    # a buffer is read where it is used, so that self.mask[:x.shape[1]] follows the input
+    proxy_buffer_attributes = True
+
     def __init__(
         self, leaves: frozenset[str], examples: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
     ) -> None:
@@ -199,6 +202,8 @@ class Tracer(fx.Tracer):
             TraceError: it depends on the data, or on the size of the batch.
         """
         values = self.values[proxy.node.name]
+        if self._is_constant(proxy.node):
+            return reading(values[0])
         if reading is not len and (isinstance(values[0], Tensor) or self._looks_at_data(proxy.node)):
             raise TraceError("the flow depends on the data")
         read = [reading(value) for value in values]
@@ -210,7 +215,8 @@ class Tracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         decision = bool(self.fixed(obj, bool))
-        self._decided(f"a branch on a shape was taken as {decision}, as for the example input")
+        if not self._is_constant(obj.node):
+            self._decided(f"a branch on a shape was taken as {decision}, as for the example input")
         return decision
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
@@ -221,6 +227,18 @@ class Tracer(fx.Tracer):
 
     def _decided(self, text: str) -> None:
         self.decisions.append(Note(self.scope.module_path, text))
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether a value comes from parameters and buffers alone."""
+        todo, done = [node], set[fx.Node]()
+        while todo:
+            at = todo.pop()
+            if at.op == "placeholder":
+                return False
+            if at not in done:
+                done.add(at)
+                todo += at.all_input_nodes
+        return True
 
     def _looks_at_data(self, node: fx.Node) -> bool:
         """Whether a plain value was read off the numbers of a tensor rather than off its shape."""
