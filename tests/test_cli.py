@@ -66,6 +66,7 @@ class Place:
         np.savez(folder / "short.npz", x=self.x, y=labels[:5])
         np.savez(folder / "bytes.npz", x=self.x.astype(np.uint8))
         np.savez(folder / "objects.npz", x=np.array([{}, []], dtype=object))
+        np.savez(folder / "words.npz", x=np.array(["cat", "dog"]))
         np.savez(folder / "wrong_size.npz", x=self.x[:, :, :4])
         np.save(folder / "data.npy", self.x)
         save_file({"x": torch.from_numpy(self.x)}, folder / "data.safetensors")
@@ -264,6 +265,7 @@ BAD = {
     "data without x": (changed(QUANTIZE, "data.npz", "no_x.npz"), "has no array 'x' (it has images)"),
     "data and labels disagree": (changed(QUANTIZE, "data.npz", "short.npz"), "48 samples in x, 5 labels"),
     "data of bytes": (changed(QUANTIZE, "data.npz", "bytes.npz"), "x is uint8"),
+    "data of words": (changed(QUANTIZE, "data.npz", "words.npz"), "x holds <U3, not numbers"),
     "data of objects": (changed(QUANTIZE, "data.npz", "objects.npz"), "is not a readable .npz file"),
     "data of wrong size": (changed(QUANTIZE, "data.npz", "wrong_size.npz"), "does not run"),
     "data from a function that is none": (changed(QUANTIZE, "data.npz", "net.py:three"), "iterable"),
@@ -280,7 +282,7 @@ BAD = {
     "checkpoint torn": (changed(VERIFY, "m.safetensors", "torn.safetensors"), "torn.safetensors"),
     "onnx missing": (changed(VERIFY, "m.onnx", "none.onnx"), "does not exist"),
     "onnx torn": (changed(VERIFY, "m.onnx", "torn.onnx"), "torn.onnx"),
-    "verify data of wrong size": (changed(VERIFY, "data.npz", "wrong_size.npz"), "does not run on --data"),
+    "verify data of wrong size": (changed(VERIFY, "data.npz", "wrong_size.npz"), "does not run on a batch"),
     "bench file missing": (["bench", "none.onnx"], "does not exist"),
     "bench file torn": (["bench", "torn.onnx"], "is not a readable ONNX file"),
     "bench runtime near": (["bench", "m.onnx", "--runtime", "onnxruntim"], "did you mean 'onnxruntime'?"),

@@ -243,3 +243,12 @@ def test_the_reason_of_a_rule_is_shown() -> None:
         "too sensitive; no rule asks for its weight",
         edge,
     ]
+
+
+def test_an_operand_that_no_data_reached_is_in_float() -> None:
+    """The part beyond the end of every calibration sample is empty."""
+    model = Fn(lambda m, x: torch.cat([m.a(x), m.b(x[:, 4:])], 1), a=nn.Linear(8, 8), b=nn.Linear(8, 8))
+    q = lowbit.prepare(model, "w8a8", torch.randn(4, 6, 8))
+    lowbit.calibrate(q, [torch.randn(4, 4, 8)])
+    row = q.coverage()["cat"]
+    assert (row.status, row.why) == ("float", "no calibration data reached it")

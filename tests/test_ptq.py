@@ -96,6 +96,9 @@ def test_weights_need_no_data(name: str) -> None:
         pytest.param("w8a8", {"example_inputs": X}, "ranges come from data", id="an example is no data"),
         pytest.param("w8", {}, r"pass calibration=\.\.\. or example_inputs=", id="no shapes"),
         pytest.param("w8a8", {"calibration": []}, "holds no batch", id="empty"),
+        pytest.param(
+            "w8a8", {"calibration": [torch.randn(0, 3, 8, 8)]}, "no batch with a sample", id="no sample"
+        ),
         pytest.param("w8a8", {"calibration": iter(())}, "holds no batch", id="empty generator"),
         pytest.param("w8a8", {"calibration": 3}, "pass a DataLoader", id="a number"),
         pytest.param("w8a9", {"calibration": X}, "no preset is named 'w8a9'; did you mean 'w", id="preset"),

@@ -120,6 +120,7 @@ def test_a_model_without_layers_is_no_error() -> None:
         ({"weight_observer": "kl"}, "weight_observer='kl' is unknown; use 'mse' or 'minmax'"),
         ({"match": "re:("}, r"match='re:\(' is not a regular expression"),
         ({"activation": QuantSpec(bits=8, granularity=PerGroup(1, 4))}, "activations have no fixed groups"),
+        ({"activation": INT8}, "is the batch.*use UINT8 or granularity=PerTensor"),
     ],
     ids=str,
 )

@@ -12,6 +12,8 @@ from torch import nn
 
 import lowbit
 from lowbit import INT4, INT8, UINT8, PerGroup, PerTensor, QuantSpec, Recipe, Rule
+from lowbit.graph.inputs import Inputs
+from lowbit.reference import run_on_codes
 from lowbit.verify import Parity
 
 pytest.importorskip("onnxruntime")
@@ -69,6 +71,38 @@ def test_recipes_without_integer_kernels_stay_close(name: str, recipe: str, tmp_
     chosen = Recipe(rules=(FLOAT_KERNELS[recipe],)) if recipe in FLOAT_KERNELS else recipe
     parity = deploy(name, chosen, tmp_path)
     assert parity.ok, str(parity)
+
+
+MIXED = {
+    "half-precision weights": Rule(weight=lowbit.FP16, activation=UINT8),
+    "channels of activations": Rule(weight=INT8, activation=replace(UINT8, granularity=lowbit.PerChannel(1))),
+}
+
+
+@pytest.mark.parametrize("label", MIXED)
+def test_specs_without_an_accumulator_keep_float_biases(label: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    data = [torch.randn(8, 3, 8, 8)]
+    q = lowbit.quantize(model, Recipe(rules=(MIXED[label],)), data)
+    assert lowbit.verify(q, lowbit.export.onnx(q, tmp_path / "m.onnx"), data).ok
+
+
+class Unpooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, where = self.pool(self.a(x))
+        return self.b(self.unpool(y, where))
+
+
+def test_indices_are_no_codes() -> None:
+    data = torch.randn(8, 3, 8, 8)
+    q = lowbit.quantize(Unpooled(), "w8a8", [data])
+    got = run_on_codes(q.graph, Inputs.of(data))
+    assert torch.allclose(got, q(data), atol=0.05)
 
 
 def test_a_wrong_file_is_found_out(tmp_path: Path) -> None:

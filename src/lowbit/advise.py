@@ -14,6 +14,7 @@ from lowbit.compare import Comparison, Metric, compare
 from lowbit.core.qtensor import quantization_error
 from lowbit.core.ranges import least_error_range_of
 from lowbit.core.spec import PerChannel, PerTensor, QuantSpec
+from lowbit.errors import expect
 from lowbit.graph.match import layer_nodes
 from lowbit.graph.ops import kind_of, module_of
 from lowbit.graph.run import walk
@@ -79,6 +80,7 @@ def advise(
     Raises:
         LowbitError: as `compare`.
     """
+    expect(q, QuantizedModel, "q", "call advise(model, q, ...): the float model comes first")
     calibration, evaluation = _again(calibration), _again(evaluation)
     seen = None if calibration is None else _Watch(q).run(calibration)
     found = [_few_samples(q, seen)]

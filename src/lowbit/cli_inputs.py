@@ -243,6 +243,11 @@ def _read_arrays(path: Path, batch_size: int) -> ArrayData:
         raise LowbitError(f"--data '{path}': x has shape {list(x.shape)}, so there is no sample")
     if x.dtype in (np.uint8, torch.uint8):
         raise LowbitError(f"--data '{path}': x is uint8; store it as the model takes it, in float32")
+    for name, array in arrays.items():
+        if isinstance(array, np.ndarray) and array.dtype.kind not in "biuf":
+            raise LowbitError(
+                f"--data '{path}': {name} holds {array.dtype}, not numbers; store it as float32"
+            )
     if y is not None and len(y) != len(x):
         raise LowbitError(f"--data '{path}': {len(x)} samples in x, {len(y)} labels in y; they must agree")
     return ArrayData(x, y, batch_size)

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from lowbit.core.affine import fake_quantize
 from lowbit.core.qtensor import sqnr_db
-from lowbit.core.spec import FP16, INT8, UINT8, QuantSpec
-from lowbit.errors import LowbitError
+from lowbit.core.spec import QuantSpec
+from lowbit.errors import LowbitError, expect
 from lowbit.graph.inputs import Inputs
 from lowbit.graph.match import input_quantizer, layer_nodes, rule_name, tail_of
 from lowbit.graph.ops import kind_of, label, module_of
@@ -23,7 +23,7 @@ from lowbit.nn.layers import QLayer
 from lowbit.passes.calibrate import batches
 from lowbit.progress import track
 from lowbit.ptq import float_graph
-from lowbit.recipe import Recipe, Rule
+from lowbit.recipe import SPECS, Recipe, Rule
 from lowbit.tables import text_table
 
 __all__ = ["Comparison", "LayerError", "Metric", "compare"]
@@ -32,7 +32,6 @@ __all__ = ["Comparison", "LayerError", "Metric", "compare"]
 Metric = Callable[[Any, Any], Any]
 # how many layers count as the worst
 WORST = 3
-_NAMED = {"int8": INT8, "uint8": UINT8, "fp16": FP16}
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,12 @@ def compare(
         num_batches: how many batches to use; all by default.
 
     Raises:
-        LowbitError: there is no data, or `model` has another architecture than the one that was quantized.
+        LowbitError: there is no data, the metric fails, or `model` has another architecture than the one that
+            was quantized.
     """
+    expect(q, QuantizedModel, "q", "call compare(model, q, data): the float model comes first")
+    if metric is not None and not callable(metric):
+        raise LowbitError(f"metric={metric!r} is not a function; pass metric(output, label) -> number")
     twin, _ = float_graph(model, q.recipe, q.example)
     difference = first_difference(structure_of(q.graph), structure_of(twin))
     if difference is not None:
@@ -209,7 +212,7 @@ class _Run:
         }
 
     def add(self, inputs: Inputs, target: Any) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), inputs.explaining(self.gm):
             outputs = self._side_by_side(inputs)
         for reference, value in zip(*(flat_tensors(o) for o in outputs), strict=True):
             self.output.add(reference, value)
@@ -223,7 +226,7 @@ class _Run:
             self.metric_name = "top-1 accuracy" if metric is top1 else getattr(metric, "__name__", "metric")
             self.scored += inputs.batch_size
             for i, output in enumerate(outputs):
-                self.values[i] += _mean_of(metric(output, target)) * inputs.batch_size
+                self.values[i] += _measured(metric, output, target) * inputs.batch_size
 
     def layers(self) -> tuple[LayerError, ...]:
         return tuple(
@@ -305,7 +308,18 @@ def _is_class(target: Any, output: Tensor) -> bool:
     return whole and target.shape == output.shape[:1]
 
 
-def _mean_of(values: Any) -> float:
+def _measured(metric: Metric, output: Any, target: Any) -> float:
+    """The metric of one batch."""
+    try:
+        values = metric(output, target)
+    except LowbitError:
+        raise
+    except Exception as error:
+        what = "no label" if target is None else f"a label of type {type(target).__name__}"
+        raise LowbitError(
+            f"the metric failed with {type(error).__name__}: {error}; it is called as metric(output, label), "
+            f"here with an output of type {type(output).__name__} and {what}"
+        ) from error
     try:
         return torch.as_tensor(values).double().mean().item()
     except (TypeError, ValueError, RuntimeError):
@@ -355,7 +369,7 @@ def _short(spec: QuantSpec) -> str | dict[str, Any]:
     """The name of a spec, or the fields that are not as usual."""
     usual = QuantSpec(bits=spec.bits).to_dict() | {"bits": None}
     fields = {k: v for k, v in spec.to_dict().items() if v != usual[k]}
-    return next((name for name, known in _NAMED.items() if known == spec), fields)
+    return next((name for name, known in SPECS.items() if known == spec), fields)
 
 
 def _wider(layer: LayerError, rule: Rule) -> Rule:

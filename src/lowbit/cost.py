@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from lowbit.core.spec import QuantSpec
 from lowbit.graph.match import path_name, quantizer_of
-from lowbit.graph.ops import kind_of, module_of
+from lowbit.graph.ops import kind_of, module_label, module_of
 from lowbit.nn.layers import BoundLayer, QLayer
 from lowbit.nn.quantizer import Quantizer
 
@@ -106,7 +106,7 @@ def _layer_cost(name: str, layer: nn.Module, input_bits: int, calls: _Shapes, *,
     bias = getattr(layer, "bias", None)
     return LayerCost(
         name=name,
-        op=type(layer).__name__.removeprefix("Q"),
+        op=module_label(layer),
         weights=count if first else 0,
         weight_bits=spec.bits if spec else 32,
         input_bits=input_bits,

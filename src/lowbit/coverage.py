@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from lowbit.graph.match import path_name, quantizer_of, rule_name, tail_of, tensor_inputs
-from lowbit.graph.ops import INTEGER, is_tensor, kind_of, label, module_of
+from lowbit.graph.ops import INTEGER, adds_mask, is_tensor, kind_of, label, module_label, module_of
 from lowbit.graph.trace import Note
 from lowbit.nn.layers import BoundLayer, QLayer, obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
@@ -89,8 +89,8 @@ def _row(node: fx.Node) -> Row | None:
     if kind in INTEGER:
         if _all_integer(node) and output != "float":
             return Row(name, op, "integer", inputs=_inputs(node), output=output)
-        cure = f"Rule(match='{rule_name(node)}', activation=UINT8)"
-        return Row(name, op, "float", output=output, why="no rule asks for its activations", cure=cure)
+        why, cure = _why_not_integer(node)
+        return Row(name, op, "float", output=output, why=why, cure=cure)
     if kind == "clamp" and _fused(node):
         return Row(name, op, "integer", output=output, why=f"part of '{_producer(node)}'")
     if node.op == "call_module" and isinstance(module_of(node), (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -117,10 +117,8 @@ def _layer_row(node: fx.Node, name: str, op: str) -> Row:
     if isinstance(layer, nn.Embedding):
         return Row(name, op, "weight", weight, output=output, why="a table lookup")
     if not inputs:
-        cure = f"Rule({match}, activation=UINT8)"
-        return Row(
-            name, op, "weight", weight, output=output, why="no rule asks for its activations", cure=cure
-        )
+        why, cure = _why_not_integer(node)
+        return Row(name, op, "weight", weight, output=output, why=why, cure=cure)
     if layer.weight_quantizer.spec.kind == "float" or not _all_integer(node):
         return Row(name, op, "weight", weight, inputs, output, why="no integer kernel for fp16")
     kernel = "ONNX Runtime has no integer kernel for it" if isinstance(layer, nn.ConvTranspose2d) else ""
@@ -129,19 +127,46 @@ def _layer_row(node: fx.Node, name: str, op: str) -> Row:
 
 def _all_integer(node: fx.Node) -> bool:
     """Whether every tensor that the operation reads is made of integer codes."""
+    return all(q is not None and q.spec.kind == "int" for q in _input_quantizers(node))
+
+
+def _input_quantizers(node: fx.Node) -> list[Quantizer | None]:
+    """The quantizer of each tensor that the operation computes with; None for floats."""
     sources = tensor_inputs(node)[: 1 if kind_of(node) == "layer" else None]
-    return all((q := quantizer_of(s)) is not None and q.spec.kind == "int" for s in sources)
+    return [_working(node, quantizer_of(source)) for source in sources]
+
+
+def _working(node: fx.Node, quantizer: Quantizer | None) -> Quantizer | None:
+    """The quantizer, unless calibration, which sets one going, has been and no data reached it."""
+    return None if quantizer is None or _unreached(node, quantizer) else quantizer
+
+
+def _unreached(node: fx.Node, quantizer: Quantizer) -> bool:
+    gm = node.graph.owning_module
+    assert gm is not None
+    return quantizer.mode == "off" and any(
+        isinstance(m, Quantizer) and m.mode == "quantize" for m in gm.modules()
+    )
+
+
+def _why_not_integer(node: fx.Node) -> tuple[str, str]:
+    """Why an operation with an integer kernel reads floats, and what to do."""
+    found = [quantizer_of(source) for source in tensor_inputs(node)]
+    if any(q is not None and _unreached(node, q) for q in found):
+        return "no calibration data reached it", "calibrate on data that does"
+    weight = ", weight=INT8" if kind_of(node) == "layer" else ""
+    return "no rule asks for its activations", f"Rule(match='{rule_name(node)}'{weight}, activation=UINT8)"
 
 
 def _inputs(node: fx.Node) -> str:
-    sources = tensor_inputs(node)[: 1 if kind_of(node) == "layer" else None]
-    found = [quantizer_of(s) for s in sources]
+    found = _input_quantizers(node)
     return ", ".join(dict.fromkeys(str(q.spec) for q in found if q)) if all(found) else ""
 
 
 def _output_quantizer(node: fx.Node) -> Quantizer | None:
     users = list((tail_of(node) if _runs_on_integers(node) else node).users)
-    return quantizer_of(users[0]) if len(users) == 1 and kind_of(users[0]) == "quantizer" else None
+    behind = users[0] if len(users) == 1 and kind_of(users[0]) == "quantizer" else None
+    return _working(node, quantizer_of(behind)) if behind is not None else None
 
 
 def _output(node: fx.Node) -> str:
@@ -183,6 +208,8 @@ def _why_float(node: fx.Node) -> str:
         if _leaf_reason(node) is not None:
             return "cannot be traced; only the layers inside it are quantized"
         return _why_module(module_of(node)) if kind_of(node) == "float" else _why_clamp(node)
+    if adds_mask(node):
+        return "adds a mask of very large numbers; 8 bits cannot hold them beside the rest"
     if node.target in _WEIGHTED:
         return "its weight is computed, not a Parameter"
     return _why_clamp(node) if kind_of(node) == "clamp" else "no integer kernel for it"
@@ -264,5 +291,5 @@ def _bound_row(name: str, bound: BoundLayer, place: str) -> Row:
     why = "no calibration data reached it" if unreached else f"{place}, which cannot be traced"
     integer = spec is not None and spec.kind == "int" and specs[0] not in ("", "fp16")
     status = "integer" if integer else "float" if spec is None else "weight"
-    op = type(layer).__name__.removeprefix("Q")
+    op = module_label(layer)
     return Row(name, op, status, str(spec or ""), specs[0], specs[1], why=why)

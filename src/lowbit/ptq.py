@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit.core.qtensor import sqnr_db
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, expect
 from lowbit.graph.rewrite import clone
 from lowbit.graph.run import flat_tensors, peak_bytes
 from lowbit.graph.trace import Inputs, Note, trace
@@ -70,10 +70,10 @@ def quantize(
         return _quantize_without_data(model, recipe, Inputs.of(example_inputs))
     if isinstance(calibration, Iterator):
         calibration = list(batches(calibration, num_batches))
-    example = next(batches(calibration, num_batches), None)
+    example = next((b for b in batches(calibration, num_batches) if b.batch_size), None)
     if example is None:
         raise LowbitError(
-            "the calibration data holds no batch; pass at least one (100 samples or more are wise)"
+            "the calibration data holds no batch with a sample; pass at least one (100 samples are wise)"
         )
 
     base, notes = float_graph(model, replace(recipe, equalize=False), example)
@@ -103,7 +103,15 @@ def calibrate(q: QuantizedModel, calibration: Any, *, num_batches: int | None = 
 
     Args:
         calibration: as for `quantize`.
+
+    Raises:
+        LowbitError: the model is frozen, or the data does not fit it.
     """
+    expect(q, QuantizedModel, "q", "make it with lowbit.prepare(model, recipe, example)")
+    if any(isinstance(m, QLayer) and m.frozen_spec is not None for m in q.graph.modules()):
+        raise LowbitError(
+            "the model is frozen, so its float weights are gone; calibrate what lowbit.prepare returns"
+        )
     calibrate_weights(q.graph)
     unreached = calibrate_activations(q.graph, calibration, num_batches)
     q.notes += [Note(name, "no calibration data reached it; it stays in float") for name in unreached]
@@ -116,6 +124,7 @@ def freeze(q: QuantizedModel) -> QuantizedModel:
     Raises:
         LowbitError: a scale is not known yet.
     """
+    expect(q, QuantizedModel, "q", "make it with lowbit.prepare(model, recipe, example)")
     settle_biases(q.graph)
     for path, layer in q.graph.named_modules():
         if isinstance(layer, QLayer) and layer.frozen_spec is None:
@@ -127,6 +136,9 @@ def freeze(q: QuantizedModel) -> QuantizedModel:
 
 def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.GraphModule, list[Note]]:
     """The float model as the recipe prepares it: traced, folded, equalized; the quantized one's twin."""
+    expect(model, nn.Module, "model", "pass the network itself, such as nn.Linear(4, 2)")
+    if isinstance(model, QuantizedModel):
+        raise LowbitError("model is quantized already; pass the float model that it was made from")
     gm, notes = trace(model, example)
     if recipe.fold_bn:
         notes += [Note(name, f"BatchNorm stays, {why}") for name, why in fold_bn(gm)]
@@ -210,7 +222,7 @@ class _Trial:
         names = correct_outputs(corrected, reference, self.sample, scale=step == "affine_correct")
         after = self.quality(corrected)
         kept = after >= quality
-        samples = sum(_count(inputs) for inputs in self.sample)
+        samples = sum(inputs.batch_size for inputs in self.sample)
         q.steps.append(Step(step, f"{len(names)} layers over {samples} samples", quality, after, kept))
         if kept:
             q.graph = corrected
@@ -233,16 +245,11 @@ def _sample(data: Any, num_batches: int | None, gm: fx.GraphModule) -> list[Inpu
     room = min(MAX_SAMPLES, SAMPLE_BYTES // max(1, 2 * peak_bytes(gm)))
     taken: list[Inputs] = []
     for inputs in batches(data, num_batches):
-        if taken and room < _count(inputs):
+        if taken and room < inputs.batch_size:
             break
         taken.append(inputs)
-        room -= _count(inputs)
+        room -= inputs.batch_size
     return taken
-
-
-def _count(inputs: Inputs) -> int:
-    tensors = [v for v in (*inputs.args, *inputs.kwargs.values()) if isinstance(v, Tensor) and v.ndim]
-    return tensors[0].shape[0] if tensors else 1
 
 
 def _stand_in(example: Inputs, gm: fx.GraphModule) -> Inputs:

@@ -14,7 +14,7 @@ from lowbit.core.spec import FP16, INT4, INT8, UINT8, Granularity, PerChannel, P
 from lowbit.errors import LowbitError, near_miss
 from lowbit.files import atomic_path
 
-__all__ = ["Recipe", "Rule", "Target", "preset", "presets"]
+__all__ = ["SPECS", "Recipe", "Rule", "Target", "preset", "presets"]
 
 REFINEMENTS = ("bias_correct", "affine_correct")
 
@@ -45,7 +45,7 @@ class Rule:
     # glob on the dotted name; "re:..." a regular expression; "type:Conv2d" a class; "role:first", "role:last"
     # the layers nearest the input and the output
     match: str = "*"
-    # spec of the weight; None leaves it in float
+    # spec of the weight, or its name: int8, int4, uint8, fp16; None leaves it in float
     weight: QuantSpec | None = None
     # spec of the tensors the operation reads, and of what it writes where no reader says otherwise; None
     # leaves them in float
@@ -64,12 +64,20 @@ class Rule:
                 raise LowbitError(
                     f"{field}={getattr(self, field)!r} is not text; a rule is plain data, so write a name"
                 )
+        for field in ("weight", "activation"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, _spec(getattr(self, field)))
         observers.get(self.observer)
         if self.weight_observer not in ("mse", "minmax"):
             raise LowbitError(f"weight_observer='{self.weight_observer}' is unknown; use 'mse' or 'minmax'")
         if self.activation is not None and isinstance(self.activation.granularity, PerGroup):
             raise LowbitError(
                 "activations have no fixed groups; use PerTensor or PerChannel for rule.activation"
+            )
+        if self.activation is not None and self.activation.granularity == PerChannel(0):
+            raise LowbitError(
+                "axis 0 of an activation is the batch, whose length changes; "
+                "use UINT8 or granularity=PerTensor() for rule.activation"
             )
         if self.match.startswith("re:"):
             try:
@@ -106,6 +114,9 @@ class Recipe:
         for flag in ("fold_bn", "equalize"):
             if not isinstance(getattr(self, flag), bool):
                 raise LowbitError(f"{flag}={getattr(self, flag)!r} is neither True nor False")
+        for key in ("rules", "refine"):
+            object.__setattr__(self, key, _tuple(key, getattr(self, key)))
+        object.__setattr__(self, "rules", tuple(_rule(entry) for entry in self.rules))
         if not self.rules:
             raise LowbitError("a recipe without rules quantizes nothing; add Rule(match='*', ...)")
         for step in self.refine:
@@ -151,8 +162,7 @@ class Recipe:
             LowbitError: an unknown key or a value that is not one of its kind.
         """
         _check_keys(data, cls)
-        lists = {key: tuple(_list(data, key)) for key in ("rules", "refine")}
-        return cls(**{**data, **lists, "rules": tuple(_rule(entry) for entry in lists["rules"])})
+        return cls(**{"rules": (), **data})
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -199,13 +209,14 @@ class Recipe:
         return preset(recipe)
 
 
-_SPECS = {"int8": INT8, "int4": INT4, "uint8": UINT8, "fp16": FP16}
+SPECS = {"int8": INT8, "int4": INT4, "uint8": UINT8, "fp16": FP16}
 
 
-def _rule(data: Any) -> Rule:
-    _check_keys(data, Rule)
-    specs = {key: _spec(data[key]) for key in ("weight", "activation") if data.get(key) is not None}
-    return Rule(**{**data, **specs})
+def _rule(entry: Any) -> Rule:
+    if isinstance(entry, Rule):
+        return entry
+    _check_keys(entry, Rule)
+    return Rule(**entry)
 
 
 def _spec(value: Any) -> QuantSpec:
@@ -213,16 +224,18 @@ def _spec(value: Any) -> QuantSpec:
         return value
     if isinstance(value, dict):
         return QuantSpec.from_dict(value)
-    if not isinstance(value, str) or value not in _SPECS:
-        raise LowbitError(f"no spec is named '{value}'{near_miss(str(value), _SPECS)}")
-    return _SPECS[value]
+    if not isinstance(value, str) or value not in SPECS:
+        raise LowbitError(f"no spec is named '{value}'{near_miss(str(value), SPECS)}")
+    return SPECS[value]
 
 
-def _list(data: dict[str, Any], key: str) -> list[Any] | tuple[Any, ...]:
-    value = data.get(key, ())
+def _tuple(key: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise LowbitError(f"{key}: {value!r} is not a list; write each entry on a line that starts with '- '")
-    return value
+        raise LowbitError(
+            f"{key}: {value!r} is not a list; write a tuple, {key}=(..., ), "
+            "or in YAML each entry on a line that starts with '- '"
+        )
+    return tuple(value)
 
 
 def _check_keys(data: Any, cls: type[Rule | Recipe]) -> None:

@@ -140,7 +140,10 @@ def _map(value: Any) -> Any:
 
 
 def _move(moved: Any, grid: Grid) -> Any:
-    return Codes(moved, grid) if isinstance(moved, Tensor) else type(moved)(Codes(m, grid) for m in moved)
+    """Codes again; what comes along and is no codes, such as the indices of max pooling, stays as it is."""
+    if isinstance(moved, Tensor):
+        return Codes(moved, grid) if moved.is_floating_point() else moved
+    return tuple(_move(m, grid) for m in moved) if isinstance(moved, (tuple, list)) else moved
 
 
 def _layer(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
@@ -156,6 +159,9 @@ def _layer(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
         _outputs(layer),
     ):
         return None
+    of_weight = layer.weight_quantizer.scale
+    if of_weight.shape[layer.channel_axis] != of_weight.numel():
+        return None  # scales of another axis do not leave the sum
     q, source = layer.qweight(), args[0]
     weight = q.codes.double() - (0 if q.zero_point is None else expand_to(q.zero_point, q.codes.shape))
     x = source.centred.double()

@@ -13,7 +13,9 @@ from helpers import Fn, conv, image, traced
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lowbit.graph.ops import Kind, clamp_bounds, kind_of
+from lowbit import INT8
+from lowbit.graph.ops import Kind, clamp_bounds, kind_of, module_label
+from lowbit.nn.layers import QLinear
 
 
 def last_node(forward: Callable[..., Any], **children: Any) -> Any:
@@ -138,3 +140,11 @@ def test_bounds_of_clamps(forward: Callable[..., Any], bounds: tuple[float, floa
 
 def test_bounds_of_a_module() -> None:
     assert clamp_bounds(last_node(lambda m, x: m.act(x), act=nn.Hardtanh(-2, 3))) == (-2, 3)
+
+
+def test_only_a_quantized_layer_loses_its_q() -> None:
+    class Quantum(nn.Module):
+        pass
+
+    assert module_label(Quantum()) == "Quantum"
+    assert module_label(QLinear.from_float(nn.Linear(2, 2), INT8)) == "Linear"

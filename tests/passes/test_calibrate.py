@@ -84,8 +84,9 @@ def test_no_more_batches_are_drawn_than_asked_for() -> None:
     [
         pytest.param(5, None, "calibration data is a int; pass a DataLoader", id="no iterable"),
         pytest.param([5], None, "a batch is a int", id="no batch"),
-        pytest.param([X], 0, "num_batches=0 leaves no data", id="no batches asked for"),
+        pytest.param([X], 0, "num_batches=0 ", id="no batches asked for"),
         pytest.param([], None, "holds no batch", id="empty"),
+        pytest.param([X[:0]], None, "no batch with a sample", id="no sample"),
     ],
 )
 def test_bad_data(data: Any, n: int | None, message: str) -> None:

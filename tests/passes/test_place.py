@@ -252,6 +252,22 @@ def test_a_group_that_does_not_divide() -> None:
         placed(Fn(lambda m, x: m.a(x), a=nn.Linear(8, 4)), Recipe(rules=(Rule(weight=spec),)), image())
 
 
+def test_a_depthwise_layer_has_no_groups_and_the_cure_says_what_to_write() -> None:
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8, groups=8), nn.Conv2d(8, 4, 1))
+    recipe = preset("w4", weight_granularity=32)
+    with pytest.raises(LowbitError, match=r"'2': group size 32 does not .* put Rule") as caught:
+        placed(model, recipe, image())
+    rule = str(caught.value).partition("put ")[2].partition(" before")[0]
+    placed(model, recipe.with_rule(eval(rule, {"Rule": Rule, "INT4": INT4})), image())  # noqa: S307
+
+
+def test_scales_of_the_inputs_do_not_leave_an_integer_sum() -> None:
+    spec = replace(INT8, granularity=PerChannel(1))
+    with pytest.raises(LowbitError, match=r"'0': a scale for each index of weight axis 1 .* PerChannel\(0\)"):
+        placed(nn.Sequential(conv(3, 8)), Recipe(rules=(Rule(weight=spec, activation=UINT8),)), image())
+    placed(nn.Sequential(conv(3, 8)), Recipe(rules=(Rule(weight=spec),)), image())
+
+
 def test_the_observer_of_the_rule() -> None:
     rule = Rule(weight=INT8, activation=UINT8, observer="kl", weight_observer="minmax")
     gm = placed(MODEL(), Recipe(rules=(rule,)), image())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.core.affine import check_finite, choose_qparams, dequantize, group_amin_amax, quantize
 from lowbit.core.spec import QuantSpec
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, expect
 
 __all__ = ["QTensor", "QuantizationError", "quantization_error"]
 
@@ -57,6 +57,7 @@ class QTensor:
         Raises:
             LowbitError: `x` holds NaN or infinity, or its shape does not fit the granularity.
         """
+        _check_kinds(x, spec)
         check_finite(x)
         lo, hi = group_amin_amax(x, spec) if range is None else range
         scale, zero_point = choose_qparams(lo, hi, spec)
@@ -107,6 +108,7 @@ def quantization_error(
     Raises:
         LowbitError: `x` is empty, or holds NaN or infinity.
     """
+    _check_kinds(x, spec)
     if x.numel() == 0:
         raise LowbitError("the error of an empty tensor is undefined; pass at least one element")
     q = QTensor.quantize(x, spec, range)
@@ -126,6 +128,11 @@ def quantization_error(
         sqnr_db=sqnr_db(power, mse),
         theoretical_mse=theory,
     )
+
+
+def _check_kinds(x: object, spec: object) -> None:
+    expect(x, Tensor, "x", "convert it with torch.as_tensor(x, dtype=torch.float32)")
+    expect(spec, QuantSpec, "spec", "pass INT8, INT4, UINT8, FP16 or QuantSpec(bits=...)")
 
 
 def sqnr_db(signal: float, noise: float) -> float:

@@ -27,7 +27,7 @@ __all__ = [
 ErrorOfRange = Callable[[Tensor, Tensor], Tensor]
 PERCENTILES = (99.0, 99.5, 99.9, 99.95, 99.99, 99.995, 99.999, 100.0)
 KL_BINS = 2048
-KL_CANDIDATES = 256
+KL_CANDIDATES = 128
 
 
 def least_error_range(error: ErrorOfRange, lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -111,9 +111,10 @@ def histogram_error(counts: Tensor, edges: Tensor, spec: QuantSpec) -> ErrorOfRa
         edges: [bins + 1], ascending, float64.
         spec: how the values are to be quantized.
     """
-    used = counts > 0
-    left, right = edges[:-1][used], edges[1:][used]
-    density = counts[used].double() / (right - left)
+    used = torch.nonzero(counts)[:, 0]
+    first, end = int(used[0]), int(used[-1]) + 1
+    ends = edges[first : end + 1]
+    density = counts[first:end].double() / ends.diff()
 
     def error(lo: Tensor, hi: Tensor) -> Tensor:
         scale, zero_point = choose_qparams(lo, hi, spec)
@@ -121,13 +122,12 @@ def histogram_error(counts: Tensor, edges: Tensor, spec: QuantSpec) -> ErrorOfRa
         offset = 0 if zero_point is None else zero_point
         bottom, top = (spec.qmin - offset) * step, (spec.qmax - offset) * step
 
-        def integral(x: Tensor) -> Tensor:
-            inside = torch.minimum(torch.maximum(x, bottom), top)
-            codes = torch.round(inside / step)
-            rest = inside / step - codes
-            return step**3 * (codes / 12 + rest**3 / 3) + (x - inside) ** 3 / 3
-
-        return ((integral(right) - integral(left)) * density).sum().reshape(lo.shape)
+        inside = torch.minimum(torch.maximum(ends, bottom), top)
+        steps = inside / step
+        codes = torch.round(steps)
+        rest, outside = steps - codes, ends - inside  # cubes as products: pow is ten times slower
+        integral = step**3 * (codes / 12 + rest * rest * rest / 3) + outside * outside * outside / 3
+        return (integral.diff() * density).sum().reshape(lo.shape)
 
     return error
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, expect
 
 __all__ = ["FP16", "INT4", "INT8", "UINT8", "Granularity", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
 
@@ -33,6 +33,10 @@ class PerChannel:
 
     axis: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the axis."""
+        _check_whole("axis", self.axis)
+
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the scale of a tensor of that shape."""
         axis = _positive_axis(self.axis, shape)
@@ -51,7 +55,9 @@ class PerGroup:
     size: int = 32
 
     def __post_init__(self) -> None:
-        """Check the size."""
+        """Check the axis and the size."""
+        _check_whole("axis", self.axis)
+        _check_whole("group size", self.size)
         if self.size < 1:
             raise LowbitError(f"group size {self.size} is not positive; use 32, 64 or 128")
 
@@ -76,6 +82,11 @@ class PerGroup:
 
 Granularity = PerTensor | PerChannel | PerGroup
 _GRANULARITIES = {"tensor": PerTensor, "channel": PerChannel, "group": PerGroup}
+
+
+def _check_whole(what: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise LowbitError(f"{what} {value!r} is not a whole number; write one without quotes or a point")
 
 
 def _positive_axis(axis: int, shape: Sequence[int]) -> int:
@@ -110,7 +121,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         """Check every field, and that they go together."""
-        if not (isinstance(self.bits, int) and 1 <= self.bits <= 16):
+        if isinstance(self.bits, bool) or not (isinstance(self.bits, int) and 1 <= self.bits <= 16):
             raise LowbitError(f"bits={self.bits!r} is not a whole number from 1 to 16")
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
@@ -181,11 +192,14 @@ class QuantSpec:
         Raises:
             LowbitError: a field that is unknown, missing or wrong.
         """
+        expect(data, dict, f"spec {data!r}", "write it as a mapping such as {bits: 4, granularity: channel}")
         fields = dict(data)
         where = fields.pop("granularity", "tensor")
-        where = {"per": where} if isinstance(where, str) else dict(where)
+        where = {"per": where} if isinstance(where, str) else where
+        expect(where, dict, f"granularity {where!r}", f"use one of {', '.join(_GRANULARITIES)}")
+        where = dict(where)
         per = where.pop("per", None)
-        if per not in _GRANULARITIES:
+        if not isinstance(per, str) or per not in _GRANULARITIES:
             raise LowbitError(f"granularity {per!r} is unknown; use one of {', '.join(_GRANULARITIES)}")
         try:
             return cls(granularity=_GRANULARITIES[per](**where), **fields)

@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 
 from lowbit.core.packing import pack, unpack
 from lowbit.core.spec import QuantSpec
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, expect
 from lowbit.graph.inputs import Inputs, Note
+from lowbit.graph.masks import holds_huge
 from lowbit.graph.structure import Part, first_difference, first_module_difference, structure_of
 from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
@@ -63,6 +64,7 @@ def save(q: QuantizedModel, path: str | Path) -> Path:
         LowbitError: the model is not frozen, its example holds other things than tensors and plain values, or
             the path cannot be written.
     """
+    expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, ...)")
     _check_finished(q)
     path = Path(path)
     write_sealed(path, dict(_tensors_of(q.graph)), _metadata_of(q), VERSION)
@@ -79,6 +81,7 @@ def load(path: str | Path, model: nn.Module) -> QuantizedModel:
         LowbitError: the file is truncated, foreign, altered or of a newer version; or the architecture of
             `model` is another one, with the first layer that differs.
     """
+    expect(model, nn.Module, "model", "pass the network itself, such as Net()")
     record, tensors = read(path)
     gm = _matching_graph(Path(path), model, record)
     q = assemble(gm, record.recipe, record.example, record.notes)
@@ -166,9 +169,10 @@ def _unsqueeze(text: str) -> Any:
 
 
 def _blank(value: Any, what: str) -> Any:
-    """A value of the example as JSON; of tensors only shape and dtype."""
+    """A value of the example as JSON; of tensors only shape, dtype, and whether it is an attention mask."""
     if isinstance(value, Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        mask = {"mask": True} if holds_huge(value) else {}
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), **mask}
     if isinstance(value, (tuple, list)):
         return {type(value).__name__: [_blank(v, what) for v in value]}
     if isinstance(value, dict):
@@ -195,11 +199,12 @@ def _record_of(metadata: dict[str, Any]) -> Record:
 
 
 def _zeros(value: Any) -> Any:
-    """Inverse of `_blank`, with zeros in the tensors."""
+    """Inverse of `_blank`, with zeros in the tensors, -infinity in masks."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return torch.zeros(value["tensor"], dtype=getattr(torch, value["dtype"]))
+        fill = float("-inf") if value.get("mask") else 0
+        return torch.full(value["tensor"], fill, dtype=getattr(torch, value["dtype"]))
     ((kind, items),) = value.items()
     if kind == "dict":
         return {k: _zeros(v) for k, v in items.items()}

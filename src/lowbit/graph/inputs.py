@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lowbit.errors import LowbitError
+from lowbit.graph.masks import holds_huge
 
 __all__ = ["Inputs", "Note"]
 
@@ -42,7 +44,29 @@ class Inputs:
         )
 
     def call(self, module: nn.Module) -> Any:
-        return module(*self.args, **self.kwargs)
+        """What the module returns for this call.
+
+        Raises:
+            LowbitError: it does not run, with the shapes of the call and those that tracing saw.
+        """
+        with self.explaining(module):
+            return module(*self.args, **self.kwargs)
+
+    @contextmanager
+    def explaining(self, module: nn.Module) -> Iterator[None]:
+        """While open, an error of any kind becomes one LowbitError that says what the module was given."""
+        try:
+            yield
+        except LowbitError:
+            raise
+        except Exception as error:
+            seen = _seen_by_tracing(module)
+            given = _shapes((*self.args, *self.kwargs.values()))
+            why = (str(error).strip().splitlines() or ["no reason given"])[0]
+            cure = f"; tracing saw {seen}: pass batches like it, of any size" if seen else ""
+            raise LowbitError(
+                f"the model does not run on a batch of {given}: {type(error).__name__}: {why}{cure}"
+            ) from error
 
     @property
     def batch_size(self) -> int:
@@ -78,9 +102,30 @@ class Inputs:
                 return value
             if not value.is_floating_point():
                 return torch.zeros_like(value)
-            return torch.rand(value.shape, generator=generator).to(value.dtype)
+            made = torch.rand(value.shape, generator=generator).to(value.dtype)
+            if holds_huge(value):  # a mask among the inputs stays one, or placement would differ
+                made.view(-1)[0] = float("-inf")
+            return made
 
         return Inputs(tuple(draw(a) for a in self.args), {k: draw(v) for k, v in self.kwargs.items()})
+
+
+def _shapes(values: Iterable[Any]) -> str:
+    """Shape and dtype of each tensor; of anything else its type."""
+    return ", ".join(
+        f"{list(v.shape)} {str(v.dtype).removeprefix('torch.')}"
+        if isinstance(v, Tensor)
+        else type(v).__name__
+        for v in values
+    )
+
+
+def _seen_by_tracing(module: nn.Module) -> str:
+    """The inputs of a traced graph as `_shapes` shows them; "" for other modules."""
+    inner = getattr(module, "graph", None)
+    graph = inner.graph if isinstance(inner, fx.GraphModule) else inner
+    nodes = graph.find_nodes(op="placeholder") if isinstance(graph, fx.Graph) else []
+    return _shapes(n.meta["value"] for n in nodes if "value" in n.meta)
 
 
 @dataclass(frozen=True)

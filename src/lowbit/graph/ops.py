@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lowbit.nn.layers import QLayer, obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
 
-__all__ = ["Kind", "is_tensor", "kind_of", "label", "module_of"]
+__all__ = ["Kind", "adds_mask", "is_tensor", "kind_of", "label", "module_label", "module_of"]
 
 # layer    a layer with a weight that can be quantized
 # clamp    an activation that an integer kernel applies for free by clamping its codes
@@ -90,6 +90,21 @@ def is_tensor(node: object) -> bool:
 
 def kind_of(node: fx.Node) -> Kind:
     """What the operation of this node is to a quantizer."""
+    kind = _listed_kind(node)
+    return "float" if kind in ("add", "mul", "cat") and _reads_mask(node) else kind
+
+
+def adds_mask(node: fx.Node) -> bool:
+    """Whether an integer kernel could run the operation, did it not read a mask of very large numbers."""
+    return _listed_kind(node) in ("add", "mul", "cat") and _reads_mask(node)
+
+
+def _reads_mask(node: fx.Node) -> bool:
+    return any(source.meta.get("mask", False) for source in node.all_input_nodes)
+
+
+def _listed_kind(node: fx.Node) -> Kind:
+    """The kind by the tables above and the arguments, whatever the size of the numbers."""
     kind: Kind = "float"
     if node.op == "call_module":
         module = module_of(node)
@@ -169,10 +184,16 @@ def _has_floats(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def module_label(module: nn.Module) -> str:
+    """The class of a module; of a quantized layer that of the layer it was made from."""
+    name = type(module).__name__
+    return name.removeprefix("Q") if isinstance(module, QLayer) else name
+
+
 def label(node: fx.Node) -> str:
     """The operation in a word, as a person would call it."""
     if node.op == "call_module":
-        return type(module_of(node)).__name__.removeprefix("Q")
+        return module_label(module_of(node))
     if node.op in ("call_function", "call_method"):
         return str(getattr(node.target, "__name__", node.target))
     return node.op

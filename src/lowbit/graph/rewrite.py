@@ -28,7 +28,7 @@ def insert_after(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module
     gm.add_submodule(path, module)
     with gm.graph.inserting_after(node):
         call = gm.graph.call_module(path, (node,))
-    call.meta.update(value=node.meta["value"], name=path, scope="")
+    call.meta.update(value=node.meta["value"], mask=node.meta.get("mask", False), name=path, scope="")
     node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
     return call
 

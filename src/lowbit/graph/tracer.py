@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, TraceError
 
 from lowbit.graph.inputs import Note
+from lowbit.graph.masks import is_mask
 
 __all__ = ["Tracer", "describe"]
 
@@ -179,6 +180,7 @@ class Tracer(fx.Tracer):
             finally:
                 self.evaluating = False
             node.meta["value"] = describe(self.values[node.name][0])
+            node.meta["mask"] = is_mask(node, self.values[node.name][0])
         return node
 
     def _evaluate(self, node: fx.Node, example: int) -> Any:

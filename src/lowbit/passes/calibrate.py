@@ -32,8 +32,8 @@ def batches(data: Any, num_batches: int | None = None) -> Iterator[Inputs]:
             f"calibration data is a {type(data).__name__}; "
             "pass a DataLoader, a list or any iterable of batches"
         )
-    if num_batches is not None and num_batches < 1:
-        raise LowbitError(f"num_batches={num_batches} leaves no data; use at least 1")
+    if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
+        raise LowbitError(f"num_batches={num_batches!r} is not a whole number from 1 up; None takes all")
     for i, batch in enumerate(data):
         if i == num_batches:
             return
@@ -82,7 +82,7 @@ def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None =
         quantizer.mode = "off"
     for quantizer in activations.values():
         quantizer.mode = "observe"
-    count = 0
+    count = samples = 0
     with torch.inference_mode():
         for inputs in track(batches(data, num_batches), "calibrating"):
             try:
@@ -97,9 +97,10 @@ def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None =
                     f"'{behind[0]}', batch {count}: {error}" if behind else str(error)
                 ) from None
             count += 1
-    if not count:
+            samples += inputs.batch_size
+    if not samples:
         raise LowbitError(
-            "the calibration data holds no batch; pass at least one (100 samples or more are wise)"
+            "the calibration data holds no batch with a sample; pass at least one (100 samples are wise)"
         )
     for quantizer, mode in modes:
         quantizer.mode = mode

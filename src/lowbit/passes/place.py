@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from lowbit.core.spec import PerChannel, QuantSpec
+from lowbit.core.spec import PerChannel, PerGroup, QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.graph.match import (
     hidden_layers,
@@ -86,14 +86,15 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
         if not _leaves_as_float(node):
             wanted.setdefault(tail_of(node), rule)
     for path, layer in _layers(gm):
-        asked, kind = rules[path_name(gm, path)], quantized_layer(type(layer))
+        name, kind = path_name(gm, path), quantized_layer(type(layer))
+        asked = rules[name]
         if asked is not None and asked.weight is not None and kind is not None:
-            swap(gm, path, _quantized(layer, kind, asked, path))
+            swap(gm, path, _quantized(layer, kind, asked, name))
     for node, rule in wanted.items():
         assert rule.activation is not None
         insert_after(gm, node, f"{QUANTIZERS}.{node.name}", Quantizer(rule.activation, rule.observer))
     for path, layer in [found for leaf in gm.meta["leaves"] for found in hidden_layers(gm, leaf)]:
-        _bind(gm, path, layer, rules[path_name(gm, path)])
+        _bind(gm, path, layer, rules)
     finish(gm)
     return decisions
 
@@ -127,28 +128,47 @@ def _layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
             yield str(node.target), module_of(node)
 
 
-def _quantized(layer: nn.Module, kind: type[QLayer], rule: Rule, path: str) -> QLayer:
-    assert rule.weight is not None
-    return kind.from_float(layer, _spec_of(layer, kind, rule.weight, path), rule.weight_observer)
+def _quantized(layer: nn.Module, kind: type[QLayer], rule: Rule, name: str) -> QLayer:
+    return kind.from_float(layer, _spec_of(layer, kind, rule, name), rule.weight_observer)
 
 
-def _spec_of(layer: nn.Module, kind: type[QLayer], spec: QuantSpec, path: str) -> QuantSpec:
+def _spec_of(layer: nn.Module, kind: type[QLayer], rule: Rule, name: str) -> QuantSpec:
     """The spec with its channels on the axis where this layer has them, checked against the weight."""
+    spec = rule.weight
+    assert spec is not None
     if isinstance(spec.granularity, PerChannel) and spec.granularity.axis == 0:
         spec = replace(spec, granularity=PerChannel(kind.channel_axis))
     try:
         spec.scale_shape(layer.weight.shape)
     except LowbitError as error:
-        raise LowbitError(f"'{path}': {error}") from None
+        grouped = isinstance(spec.granularity, PerGroup)
+        other = f"; or put {_per_channel_rule(rule, name)} before the other rules" if grouped else ""
+        raise LowbitError(f"'{name}': {error}{other}") from None
+    integer = rule.activation is not None and rule.activation.kind == "int"
+    if integer and isinstance(spec.granularity, PerChannel) and not issubclass(kind, nn.Embedding):
+        axis, channels = spec.granularity.axis % layer.weight.ndim, kind.channel_axis
+        if axis != channels:
+            raise LowbitError(
+                f"'{name}': a scale for each index of weight axis {axis} cannot leave the sum of an integer "
+                f"kernel; use PerChannel(0), the output channels, or activation=None"
+            )
     return spec
 
 
-def _bind(gm: fx.GraphModule, path: str, layer: nn.Module, rule: Rule | None) -> None:
+def _per_channel_rule(rule: Rule, name: str) -> str:
+    """The rule, as text, that gives a layer one scale per output channel."""
+    assert rule.weight is not None
+    activation = ", activation=UINT8" if rule.activation is not None else ""
+    return f"Rule(match='{name}', weight={'INT4' if rule.weight.bits <= 4 else 'INT8'}{activation})"
+
+
+def _bind(gm: fx.GraphModule, path: str, layer: nn.Module, rules: dict[str, Rule | None]) -> None:
     """Inside an untraceable submodule a layer carries the quantizers of its input and output along."""
-    kind = quantized_layer(type(layer))
+    name, kind = path_name(gm, path), quantized_layer(type(layer))
+    rule = rules[name]
     if rule is None or kind is None or (rule.weight is None and rule.activation is None):
         return
-    inner = _quantized(layer, kind, rule, path) if rule.weight else layer
+    inner = _quantized(layer, kind, rule, name) if rule.weight else layer
     activation = None if isinstance(layer, nn.Embedding) else rule.activation
     quantizers = [Quantizer(activation, rule.observer) if activation else None for _ in range(2)]
     swap(gm, path, BoundLayer(inner, *quantizers))

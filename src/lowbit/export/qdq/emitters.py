@@ -248,12 +248,21 @@ def emit_layer(layer: QLayer, source: Quantizer | None, rank: int) -> nn.Module:
     """
     if isinstance(layer, QEmbedding):
         return _EmitEmbedding(layer)
-    if source is not None and source.spec.kind != "int":
+    if source is not None and not _has_accumulator(layer, source):
         source = None
     emitter = _EmitLayer(layer, source, rank)
     if isinstance(layer, (QConv1d, QConv2d)):
         emitter.geometry["reversed_padding"] = layer._reversed_padding_repeated_twice
     return emitter
+
+
+def _has_accumulator(layer: QLayer, source: Quantizer) -> bool:
+    """Whether the sums of each output channel have one scale, at which a bias can be codes."""
+    weight = layer.weight_quantizer
+    if weight.spec.kind != "int" or source.spec.kind != "int" or source.scale.numel() != 1:
+        return False
+    where = weight.spec.granularity
+    return not isinstance(where, PerChannel) or where.axis % weight.scale.ndim == layer.channel_axis
 
 
 def _integer_bias(layer: QLayer, source: Quantizer) -> tuple[Tensor, Tensor]:
