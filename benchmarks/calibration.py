@@ -149,6 +149,8 @@ def parse() -> Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one that is not counted")
     tools = ("lowbit", "onnxruntime")
     parser.add_argument("--tools", nargs="+", choices=tools, default=list(tools))
+    methods = sorted({*ours.OBSERVERS, *rivals.METHODS})
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     return parser.parse_args()
 
 
@@ -163,6 +165,7 @@ def main() -> int:
         cases += [("lowbit", observer, cost_of_ours) for observer in ours.OBSERVERS]
     if "onnxruntime" in options.tools:
         cases += [("onnxruntime", method, cost_of_rival) for method in rivals.METHODS]
+    cases = [case for case in cases if case[1] in options.methods]
     title = f"calibration of ResNet-18 on {work.images} images in batches of {work.batch}, one thread"
     table = Table(title=title, columns=COLUMNS, formats=FORMATS)
     for tool, method, cost_of in cases:
