@@ -184,12 +184,12 @@ def test_half_precision_is_not_integer(rule: Rule) -> None:
 
 
 def test_fold_bn_off() -> None:
-    recipe = Recipe(rules=(Rule(weight=INT8, activation=UINT8),), fold_bn=False)
+    recipe = Recipe(rules=(Rule(weight=INT8, activation=UINT8),), fold_bn="never")
     row = rows(BatchNormNet(), recipe)["bn_a"]
     assert (row.status, row.why, row.cure) == (
         "float",
-        "not folded: fold_bn is off in the recipe",
-        "fold_bn=True",
+        "not folded: fold_bn is 'never' in the recipe",
+        "fold_bn='before'",
     )
 
 

@@ -211,9 +211,12 @@ def test_networks(name: str) -> None:
 @pytest.mark.parametrize("build", [BatchNormNet, InvertedResidual, STYLES["one Conv2d used twice"]])
 def test_a_frozen_model_gives_the_same_numbers(build: Callable[[], nn.Module], recipe: str) -> None:
     """Bit for bit, once biases have the 32 bits that integer kernels give them."""
-    q = lowbit.prepare(settle(build(), X), recipe, X)
+    q = lowbit.prepare(settle(build(), X), replace(preset(recipe), fold_bn="before"), X)
     lowbit.calibrate(q, [X])
     plain = copy.deepcopy(q)
+    for quantizer in plain.modules():
+        if isinstance(quantizer, Quantizer):
+            quantizer.settle()
     settle_biases(plain.graph)
     assert not q.frozen
     want = plain(X)
@@ -243,8 +246,8 @@ def test_freezing_before_calibrating() -> None:
 
 def test_latent_weights_keep_their_names() -> None:
     model = InvertedResidual()
-    q = lowbit.prepare(settle(model, X), replace(preset("w8a8"), fold_bn=False), X)
-    state = q.graph.state_dict()
+    q = lowbit.prepare(settle(model, X), replace(preset("w8a8"), fold_bn="after"), X)
+    state = q.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(state[name], value), name
     latent, own = dict(q.graph.named_parameters()), dict(model.named_parameters())
@@ -253,10 +256,13 @@ def test_latent_weights_keep_their_names() -> None:
 
 
 def test_latent_weights_can_be_trained() -> None:
-    q = lowbit.prepare(network(), "w8a8", X)
+    model = network()
+    q = lowbit.prepare(model, "w8a8", X)
     lowbit.calibrate(q, [X])
     names = {n for n, p in q.graph.named_parameters() if p.requires_grad}
-    assert names == {"a.weight", "a.bias", "b.weight", "b.bias", "fc.weight", "fc.bias"}
+    scales = {n for n in names if n.endswith(".scale")}
+    assert names - scales == {n for n, _ in model.named_parameters()}
+    assert scales == {f"{p}.scale" for p, m in q.graph.named_modules() if isinstance(m, Quantizer)}
 
 
 def test_modes_follow_the_graph() -> None:

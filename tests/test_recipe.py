@@ -135,7 +135,7 @@ def test_rules_that_are_refused(fields: dict[str, Any], message: str) -> None:
         ({"rules": ()}, "a recipe without rules quantizes nothing"),
         ({"rules": (Rule(),), "refine": ("bias_corect",)}, "did you mean 'bias_correct'"),
         ({"rules": (Rule(),), "equalize": "no"}, "equalize='no' is neither True nor False"),
-        ({"rules": (Rule(),), "fold_bn": 1}, "fold_bn=1 is neither True nor False"),
+        ({"rules": (Rule(),), "equalize": 1}, "equalize=1 is neither True nor False"),
     ],
     ids=str,
 )
@@ -167,7 +167,7 @@ def test_presets(name: str, first: QuantSpec, middle: QuantSpec, activation: Qua
 
 
 def test_the_presets_are_those() -> None:
-    assert presets() == ("w8a8", "w8", "w4a8", "w4", "fp16")
+    assert presets() == ("w8a8", "w8", "w4a8", "w4", "w4a4", "w3a3", "w2a2", "fp16")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ RICH = Recipe(
         ),
         Rule(weight=FP16),
     ),
-    fold_bn=False,
+    fold_bn="never",
     equalize=True,
     refine=("affine_correct", "bias_correct"),
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from lowbit.graph.match import path_name, quantizer_of, rule_name, tail_of, tensor_inputs
+from lowbit.graph.match import is_folded_later, path_name, quantizer_of, rule_name, tail_of, tensor_inputs
 from lowbit.graph.ops import INTEGER, adds_mask, is_tensor, kind_of, label, module_label, module_of
 from lowbit.graph.trace import Note
 from lowbit.nn.layers import BoundLayer, QLayer, obstacle, quantized_layer
@@ -94,9 +94,11 @@ def _row(node: fx.Node) -> Row | None:
     if kind == "clamp" and _fused(node):
         return Row(name, op, "integer", output=output, why=f"part of '{_producer(node)}'")
     if node.op == "call_module" and isinstance(module_of(node), (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if is_folded_later(node):
+            return Row(name, op, "integer", output=output, why=f"goes into '{_producer(node)}' at freeze")
         why = node.graph.owning_module.meta.get("unfolded", {}).get(name)
-        cure = "put it right behind a layer of its own" if why else "fold_bn=True"
-        why = why or "fold_bn is off in the recipe"
+        cure = "put it right behind a layer of its own" if why else "fold_bn='before'"
+        why = why or "fold_bn is 'never' in the recipe"
         return Row(name, op, "float", output=output, why=f"not folded: {why}", cure=cure)
     return Row(name, op, "float", output=output, why=_why_float(node), cure=_cure(node))
 
@@ -187,6 +189,8 @@ def _runs_on_integers(node: fx.Node) -> bool:
 
 def _fused(node: fx.Node) -> bool:
     source = node.args[0]
+    while isinstance(source, fx.Node) and is_folded_later(source) and len(source.users) == 1:
+        source = source.args[0]
     direct = isinstance(source, fx.Node) and _runs_on_integers(source) and len(source.users) == 1
     return direct and _output_quantizer(node) is not None
 
@@ -194,7 +198,7 @@ def _fused(node: fx.Node) -> bool:
 def _producer(node: fx.Node) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return str(source.meta["name"])
+    return _producer(source) if is_folded_later(source) else str(source.meta["name"])
 
 
 _CURES = {

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from lowbit.cost import Cost, cost_of
 from lowbit.coverage import Coverage, coverage_of
+from lowbit.graph.names import author_name, graph_names
 from lowbit.graph.trace import Inputs, Note
 from lowbit.nn.layers import QLayer
 from lowbit.recipe import Recipe
@@ -35,6 +36,9 @@ class Step:
 class QuantizedModel(nn.Module):
     """A network with quantizers. Call it like the model it was made from.
 
+    Its state dict has the names of the float model, beside those of scales and zero points; until BatchNorm
+    is folded a checkpoint of the float model loads, strictly.
+
     Attributes:
         graph: the fx.GraphModule that runs.
         recipe: what was done, resolved: replaying it on the float model gives the same graph.
@@ -50,6 +54,8 @@ class QuantizedModel(nn.Module):
         self.notes = notes
         self.steps: list[Step] = []
         self.train(graph.training)
+        self.register_state_dict_post_hook(_hide_graph)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_show_graph)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.graph(*args, **kwargs)
@@ -67,3 +73,20 @@ class QuantizedModel(nn.Module):
     def cost(self) -> Cost:
         """Bits, bytes, multiply-accumulates and bit operations of each layer."""
         return cost_of(self.graph)
+
+
+def _hide_graph(q: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Give every entry the name that the float model has for it."""
+    assert isinstance(q, QuantizedModel)
+    ours = prefix + "graph."
+    for name in [n for n in state if n.startswith(ours)]:
+        state[prefix + author_name(q.graph, name.removeprefix(ours))] = state.pop(name)
+
+
+def _show_graph(q: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Inverse of `_hide_graph`."""
+    assert isinstance(q, QuantizedModel)
+    for name in [n for n in state if n.startswith(prefix)]:
+        value = state.pop(name)
+        for own in graph_names(q.graph, name.removeprefix(prefix)):
+            state[f"{prefix}graph.{own}"] = value

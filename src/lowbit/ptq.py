@@ -16,10 +16,11 @@ from lowbit.graph.run import flat_tensors, peak_bytes
 from lowbit.graph.trace import Inputs, Note, trace
 from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
+from lowbit.nn.quantizer import Quantizer
 from lowbit.passes.bias_correct import correct_bias_analytically, correct_outputs
 from lowbit.passes.calibrate import batches, calibrate_activations, calibrate_weights
 from lowbit.passes.equalize import equalize
-from lowbit.passes.fold_bn import fold_bn
+from lowbit.passes.fold_bn import fold_bn, fold_later, fold_quantized, make_gains_positive
 from lowbit.passes.place import place
 from lowbit.passes.settle_biases import settle_biases
 from lowbit.recipe import Recipe
@@ -58,6 +59,8 @@ def quantize(
             run.
     """
     recipe = Recipe.get(recipe)
+    if recipe.fold_bn == "after":  # without training in between it is the same, and corrections see the fold
+        recipe = replace(recipe, fold_bn="before")
     if calibration is None and recipe.quantizes_activations:
         raise LowbitError(
             "the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use 'w8'"
@@ -88,7 +91,10 @@ def quantize(
 
 
 def prepare(model: nn.Module, recipe: str | Recipe, example_inputs: Any) -> QuantizedModel:
-    """Trace, fold, equalize and place quantizers; ready for `calibrate`, or for training.
+    """Trace, fold, equalize and place quantizers; ready for `calibrate`, and then for training.
+
+    The latent weights keep their names, so with BatchNorm kept (`fold_bn="after"`, as in the presets)
+    `load_state_dict` takes a checkpoint of the float model.
 
     Args:
         example_inputs: one batch, as calibration data has them.
@@ -101,6 +107,8 @@ def prepare(model: nn.Module, recipe: str | Recipe, example_inputs: Any) -> Quan
 def calibrate(q: QuantizedModel, calibration: Any, *, num_batches: int | None = None) -> QuantizedModel:
     """Choose every scale: of the weights from themselves, of the activations from the data, streamed once.
 
+    Scales that the recipe's estimators train become Parameters: make the optimizer after this.
+
     Args:
         calibration: as for `quantize`.
 
@@ -112,25 +120,48 @@ def calibrate(q: QuantizedModel, calibration: Any, *, num_batches: int | None = 
         raise LowbitError(
             "the model is frozen, so its float weights are gone; calibrate what lowbit.prepare returns"
         )
+    make_gains_positive(q.graph)
+    _choose_scales(q, calibration, num_batches)
+    for module in q.graph.modules():
+        if isinstance(module, Quantizer):
+            module.learn()
+    return q
+
+
+def _choose_scales(q: QuantizedModel, calibration: Any, num_batches: int | None) -> None:
     calibrate_weights(q.graph)
     unreached = calibrate_activations(q.graph, calibration, num_batches)
     q.notes += [Note(name, "no calibration data reached it; it stays in float") for name in unreached]
-    return q
 
 
 def freeze(q: QuantizedModel) -> QuantizedModel:
     """Keep only codes, scales and zero points of the quantized weights; the latent floats go.
 
+    BatchNorm kept for training goes into scales and biases, so that the codes are those that were trained.
+
     Raises:
         LowbitError: a scale is not known yet.
     """
     expect(q, QuantizedModel, "q", "make it with lowbit.prepare(model, recipe, example)")
+    layers = {p: m for p, m in q.graph.named_modules() if isinstance(m, QLayer) and m.frozen_spec is None}
+    for path, layer in layers.items():
+        if not layer.weight_quantizer.ready:
+            raise LowbitError(f"'{path}' has no scale yet; call lowbit.calibrate(q, data) before freeze")
+        layer.settle()
+    for module in q.graph.modules():
+        if isinstance(module, Quantizer):
+            module.settle()
+    moved = fold_quantized(q.graph)
+    if moved:
+        where = ", ".join(f"{count} of '{name}'" for name, count in moved.items())
+        q.steps.append(
+            Step("fold_bn", f"gamma turned negative in training; codes moved by one step: {where}")
+        )
+    if q.recipe.fold_bn == "after":
+        q.recipe = replace(q.recipe, fold_bn="before")
     settle_biases(q.graph)
-    for path, layer in q.graph.named_modules():
-        if isinstance(layer, QLayer) and layer.frozen_spec is None:
-            if not layer.weight_quantizer.ready:
-                raise LowbitError(f"'{path}' has no scale yet; call lowbit.calibrate(q, data) before freeze")
-            layer.freeze()
+    for layer in layers.values():
+        layer.freeze()
     return q.eval()
 
 
@@ -140,8 +171,9 @@ def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.G
     if isinstance(model, QuantizedModel):
         raise LowbitError("model is quantized already; pass the float model that it was made from")
     gm, notes = trace(model, example)
-    if recipe.fold_bn:
-        notes += [Note(name, f"BatchNorm stays, {why}") for name, why in fold_bn(gm)]
+    fold = {"before": fold_bn, "after": fold_later}.get(recipe.fold_bn)
+    if fold is not None:
+        notes += [Note(name, f"BatchNorm stays, {why}") for name, why in fold(gm)]
     if recipe.equalize:
         equalize(gm)
     return gm, notes
@@ -181,11 +213,9 @@ class _Trial:
 
     def calibrated(self, gm: fx.GraphModule, recipe: Recipe) -> QuantizedModel:
         """A quantized copy of a float graph."""
-        return calibrate(
-            assemble(clone(gm), recipe, self.example, self.notes),
-            self.calibration,
-            num_batches=self.num_batches,
-        )
+        q = assemble(clone(gm), recipe, self.example, self.notes)
+        _choose_scales(q, self.calibration, self.num_batches)
+        return q
 
     def quality(self, gm: fx.GraphModule) -> float:
         """SQNR in dB of everything the graph returns, over the sample."""
@@ -231,7 +261,7 @@ class _Trial:
 
 def _quantize_without_data(model: nn.Module, recipe: Recipe, example: Inputs) -> QuantizedModel:
     q = prepare(model, recipe, example)
-    calibrate(q, [])
+    _choose_scales(q, [], None)
     if recipe.refine:
         names = correct_bias_analytically(q.graph)
         q.steps.append(

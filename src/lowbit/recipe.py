@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from lowbit.core.estimators import estimators
 from lowbit.core.observers import observers
 from lowbit.core.spec import FP16, INT4, INT8, UINT8, Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
 from lowbit.errors import LowbitError, near_miss
@@ -34,7 +35,7 @@ class Target(Protocol):
 
     @property
     def roles(self) -> frozenset[str]:
-        """Of "first" and "last", those it has."""
+        """Of "first", "last" and "layer", those it has."""
         ...
 
 
@@ -43,7 +44,7 @@ class Rule:
     """How to quantize the operations whose name matches."""
 
     # glob on the dotted name; "re:..." a regular expression; "type:Conv2d" a class; "role:first", "role:last"
-    # the layers nearest the input and the output
+    # the layers nearest the input and the output; "role:layer" whatever has a weight
     match: str = "*"
     # spec of the weight, or its name: int8, int4, uint8, fp16; None leaves it in float
     weight: QuantSpec | None = None
@@ -54,12 +55,14 @@ class Rule:
     observer: str = "mse"
     # how the range of the weight is chosen: "mse", or "minmax"
     weight_observer: str = "mse"
+    # what training takes for the gradient of rounding; see `lowbit.core.estimators`
+    estimator: str = "lsq"
     # shown in the table of what became of each layer
     reason: str = ""
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field in ("match", "observer", "reason"):
+        for field in ("match", "observer", "estimator", "reason"):
             if not isinstance(getattr(self, field), str):
                 raise LowbitError(
                     f"{field}={getattr(self, field)!r} is not text; a rule is plain data, so write a name"
@@ -68,6 +71,7 @@ class Rule:
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, _spec(getattr(self, field)))
         observers.get(self.observer)
+        estimators.get(self.estimator)
         if self.weight_observer not in ("mse", "minmax"):
             raise LowbitError(f"weight_observer='{self.weight_observer}' is unknown; use 'mse' or 'minmax'")
         if self.activation is not None and isinstance(self.activation.granularity, PerGroup):
@@ -102,8 +106,9 @@ class Recipe:
     """Everything that decides how a model is quantized; the first rule that matches wins."""
 
     rules: tuple[Rule, ...]
-    # BatchNorm goes into the weight before it
-    fold_bn: bool = True
+    # BatchNorm goes into the weight "before" quantization; or "after" it, at freeze, into the scale of each
+    # output channel, so that it can be trained; or "never", and stays in float
+    fold_bn: Literal["before", "after", "never"] = "before"
     # cross-layer equalization; kept only when it helps on the calibration data
     equalize: bool = False
     # corrections after calibration, in order; each kept only when it helps
@@ -111,9 +116,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for flag in ("fold_bn", "equalize"):
-            if not isinstance(getattr(self, flag), bool):
-                raise LowbitError(f"{flag}={getattr(self, flag)!r} is neither True nor False")
+        if not isinstance(self.equalize, bool):
+            raise LowbitError(f"equalize={self.equalize!r} is neither True nor False")
+        if self.fold_bn not in ("before", "after", "never"):
+            raise LowbitError(f"fold_bn={self.fold_bn!r} is unknown; use 'before', 'after' or 'never'")
         for key in ("rules", "refine"):
             object.__setattr__(self, key, _tuple(key, getattr(self, key)))
         object.__setattr__(self, "rules", tuple(_rule(entry) for entry in self.rules))
@@ -248,40 +254,59 @@ def _check_keys(data: Any, cls: type[Rule | Recipe]) -> None:
 
 
 _EDGES = "the first and the last layer keep 8 bits"
+_NAME = re.compile(r"w([2-8])(?:a([2-8]))?")
 
 
 def presets() -> tuple[str, ...]:
-    """Names that `preset` takes."""
-    return ("w8a8", "w8", "w4a8", "w4", "fp16")
+    """Names that `preset` takes; any other width from 2 to 8 is written in the same way."""
+    return ("w8a8", "w8", "w4a8", "w4", "w4a4", "w3a3", "w2a2", "fp16")
 
 
 def preset(
-    name: str, *, observer: str = "mse", weight_granularity: Literal["channel", "tensor"] | int = "channel"
+    name: str,
+    *,
+    observer: str = "mse",
+    weight_granularity: Literal["channel", "tensor"] | int = "channel",
+    estimator: str = "lsq",
 ) -> Recipe:
-    """A recipe by name: `w8a8`, `w8`, `w4a8`, `w4` or `fp16`.
+    """A recipe by name: `w8a8`, `w4a8`, `w4a4`, ... any `w<bits>a<bits>`, `w8`, `w4` (weights alone), `fp16`.
+
+    Below 8 bits the first and the last layer keep 8-bit weights and inputs. Where activations have fewer than
+    8 bits, these are the inputs of layers; sums, averages and the residual stream keep 8. BatchNorm is kept
+    for training and folded at freeze.
 
     Args:
         observer: how ranges of activations are chosen; see `lowbit.observers`.
         weight_granularity: one scale per output channel, per tensor, or per group of that many inputs.
+        estimator: gradient of rounding in training; see `lowbit.core.estimators`.
 
     Raises:
-        LowbitError: no such preset, observer or granularity.
+        LowbitError: no such preset, observer, granularity or estimator.
     """
-    if name not in presets():
-        raise LowbitError(f"no preset is named '{name}'{near_miss(name, presets())}")
     if name == "fp16":
         return Recipe(rules=(Rule(weight=FP16),))
+    found = _NAME.fullmatch(str(name))
+    if found is None:
+        raise LowbitError(f"no preset is named '{name}'{near_miss(name, presets())}")
     where = _granularity(weight_granularity)
-    activation = UINT8 if name.endswith("a8") else None
-    wide = Rule(weight=replace(INT8, granularity=where), activation=activation, observer=observer)
-    if name.startswith("w8"):
-        return Recipe(rules=(wide,), equalize=where == PerTensor(), refine=("affine_correct",))
+    bits, inputs = int(found[1]), found[2] and int(found[2])
+    activation = UINT8 if inputs else None
+    weight = replace(INT8, granularity=where)
+    wide = Rule(weight=weight, activation=activation, observer=observer, estimator=estimator)
+    refine = ("affine_correct",)
+    whole = Recipe(rules=(wide,), fold_bn="after", equalize=where == PerTensor(), refine=refine)
+    if bits == 8 and inputs in (8, None):
+        return whole
     # a group size that suits the inner layers rarely divides the inputs of the first
     edge = wide if where == PerTensor() else replace(wide, weight=INT8)
     edge = replace(edge, reason=_EDGES)
     edges = tuple(replace(edge, match=f"role:{role}") for role in ("first", "last"))
-    narrow = replace(wide, weight=replace(INT4, granularity=where))
-    return Recipe(rules=(*edges, narrow), equalize=True, refine=("affine_correct",))
+    narrow = replace(wide, weight=QuantSpec(bits=bits, granularity=where))
+    rules: tuple[Rule, ...] = (*edges, narrow)
+    if inputs and inputs < 8:
+        layers = replace(narrow, match="role:layer", activation=replace(UINT8, bits=inputs))
+        rules = (*edges, layers, replace(wide, weight=None))
+    return replace(whole, rules=rules, equalize=True)
 
 
 def _granularity(where: str | int) -> Granularity:

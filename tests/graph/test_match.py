@@ -24,26 +24,34 @@ def roles(model: nn.Module, *example: Tensor) -> list[tuple[str, str, list[str]]
     [
         (
             "functional relu and residual add",
-            [("a", "Conv2d", ["first"]), ("b", "Conv2d", []), ("c", "Conv2d", ["last"]), ("add", "add", [])],
+            [
+                ("a", "Conv2d", ["first", "layer"]),
+                ("b", "Conv2d", ["layer"]),
+                ("c", "Conv2d", ["last", "layer"]),
+                ("add", "add", []),
+            ],
         ),
-        ("one Conv2d used twice", [("a", "Conv2d", ["first"]), ("b", "Conv2d", ["last"])]),
-        ("branch on data at the top", [("a", "Conv2d", ["first"]), ("b", "Conv2d", ["last"])]),
+        ("one Conv2d used twice", [("a", "Conv2d", ["first", "layer"]), ("b", "Conv2d", ["last", "layer"])]),
+        (
+            "branch on data at the top",
+            [("a", "Conv2d", ["first", "layer"]), ("b", "Conv2d", ["last", "layer"])],
+        ),
         (
             "branch on data inside",
             [
-                ("stem", "Conv2d", ["first"]),
-                ("inner.a", "Conv2d", []),
-                ("inner.b", "Conv2d", []),
+                ("stem", "Conv2d", ["first", "layer"]),
+                ("inner.a", "Conv2d", ["layer"]),
+                ("inner.b", "Conv2d", ["layer"]),
                 ("adaptive_avg_pool2d", "adaptive_avg_pool2d", []),
-                ("head", "Linear", ["last"]),
+                ("head", "Linear", ["last", "layer"]),
             ],
         ),
         (
             "functional weight",
             [
-                ("w_conv2d", "Conv2d", ["first"]),
+                ("w_conv2d", "Conv2d", ["first", "layer"]),
                 ("adaptive_avg_pool2d", "adaptive_avg_pool2d", []),
-                ("v_linear", "Linear", ["last"]),
+                ("v_linear", "Linear", ["last", "layer"]),
             ],
         ),
     ],
@@ -55,15 +63,15 @@ def test_what_rules_see(style: str, want: Any) -> None:
 def test_a_lookup_is_not_the_first_layer() -> None:
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     assert roles(model, torch.randint(0, 9, (4, 3))) == [
-        ("0", "Embedding", []),
-        ("1", "Linear", ["first"]),
-        ("2", "Linear", ["last"]),
+        ("0", "Embedding", ["layer"]),
+        ("1", "Linear", ["first", "layer"]),
+        ("2", "Linear", ["last", "layer"]),
     ]
 
 
 def test_the_last_call_decides_the_last_layer() -> None:
     model = Fn(lambda m, x: m.a(m.b(m.a(x))), a=conv(3, 3), b=conv(3, 3))
-    assert roles(model, image()) == [("a", "Conv2d", ["first", "last"]), ("b", "Conv2d", [])]
+    assert roles(model, image()) == [("a", "Conv2d", ["first", "last", "layer"]), ("b", "Conv2d", ["layer"])]
 
 
 def test_a_function_does_not_answer_to_the_name_of_a_layer() -> None:

@@ -230,13 +230,14 @@ def test_presets_match_in_every_style(style: str, name: str) -> None:
 
 
 def test_the_widest_reader_decides() -> None:
-    """`a` is read by a layer of 4-bit inputs and by one of 8-bit inputs."""
+    """`a` is read by a layer of 4-bit inputs, which rounds once more, and by one of 8-bit inputs."""
     model = Fn(lambda m, x: m.b(y := m.a(x)) + m.c(y), a=conv(3, 8), b=conv(8, 8), c=conv(8, 8))
     four = replace(UINT8, bits=4)
     recipe = Recipe(rules=(Rule(match="[ab]", weight=INT8, activation=four), Rule(match="*", **W8)))
     gm = placed(model, recipe, image())
     specs = {source: gm.get_submodule(path).spec.bits for source, path in quantizers(gm).items()}
-    assert specs == {"x": 4, "a": 8, "b": 8, "c": 8, "add": 8}
+    assert specs == {"x": 4, "a": 8, "activation_quantizers.a": 4, "b": 8, "c": 8, "add": 8}
+    assert gm.get_submodule("activation_quantizers.a_4_bits").spec == four
 
 
 def test_the_channels_of_a_transposed_convolution() -> None:

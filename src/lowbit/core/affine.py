@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowbit import kernels
 from lowbit.core.spec import QuantSpec, expand_to
 from lowbit.errors import LowbitError
 
@@ -20,6 +21,7 @@ __all__ = [
     "fake_quantize",
     "group_amin_amax",
     "grouped",
+    "power_of_two",
     "quantize",
 ]
 
@@ -69,12 +71,17 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
         scale = (hi - lo) / (spec.qmax - spec.qmin)
     scale = torch.where(scale > 0, scale.clamp(min=MIN_SCALE), 1.0)
     if spec.scale == "pow2":
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+        scale = power_of_two(scale)
     scale = scale.float()
     if spec.symmetric:
         return scale, None
     zero_point = (spec.qmin - lo / scale.double()).round().clamp(spec.qmin, spec.qmax)
     return scale, zero_point.to(torch.int32)
+
+
+def power_of_two(scale: Tensor) -> Tensor:
+    """The next power of two from each scale up; a power of two stays."""
+    return torch.exp2(torch.ceil(torch.log2(scale)))
 
 
 def _check_range(lo: Tensor, hi: Tensor) -> None:
@@ -131,6 +138,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     """dequantize(quantize(x)) without leaving floating point; NaN stays NaN."""
     if spec.kind == "float":
         return x.clamp(-FP16_MAX, FP16_MAX).half().to(x.dtype)
+    if spec.rounding == "half_even" and kernels.supports(x, scale):
+        return kernels.fake_quantize(x, scale, zero_point, spec.qmin, spec.qmax)
     scale = expand_to(scale, x.shape)
     if zero_point is None:
         return _codes(x, scale, None, spec).mul_(scale)

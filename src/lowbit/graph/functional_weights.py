@@ -14,7 +14,11 @@ __all__ = ["weights_to_modules"]
 
 
 def weights_to_modules(gm: fx.GraphModule) -> None:
-    """F.conv2d(x, self.w) and its kin become a call of a layer that holds the very Parameter."""
+    """F.conv2d(x, self.w) and its kin become a call of a layer that holds the very Parameter.
+
+    `gm.meta["renamed"]` says under which names each tensor of the model stands from now on.
+    """
+    renamed = gm.meta.setdefault("renamed", {})
     made: dict[tuple[Any, ...], str] = {}
     for node in list(gm.graph.nodes):
         build = _BUILDERS.get(node.target) if node.op == "call_function" else None
@@ -35,6 +39,9 @@ def weights_to_modules(gm: fx.GraphModule) -> None:
             weight, bias = tensors["weight"][1], tensors["bias"][1] if tensors["bias"] else None
             made[key] = _free_path(gm, tensors["weight"][0], node)
             gm.add_submodule(made[key], build(weight, bias, bound))
+            for own, given in tensors.items():
+                if given is not None:
+                    renamed.setdefault(given[0], []).append(f"{made[key]}.{own}")
         with gm.graph.inserting_before(node):
             call = gm.graph.call_module(made[key], (source,))
         call.meta.update(node.meta)

@@ -19,6 +19,7 @@ __all__ = [
     "calls",
     "hidden_layers",
     "input_quantizer",
+    "is_folded_later",
     "is_global_pool",
     "layer_nodes",
     "operations",
@@ -56,8 +57,8 @@ def layer_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 def operations(gm: fx.GraphModule) -> list[Operation]:
     """Everything a rule can match: one entry for each call, or for each module called more than once.
 
-    Layers inside submodules that could not be traced follow the call of their submodule. The first and the
-    last layer with a weight, lookups aside, have the roles "first" and "last".
+    Layers inside submodules that could not be traced follow the call of their submodule. Whatever has a
+    weight has the role "layer"; the first and the last of these, lookups aside, are "first" and "last".
     """
     found: dict[str, str] = {}
     layers: list[str] = []  # one entry for each call
@@ -70,7 +71,7 @@ def operations(gm: fx.GraphModule) -> list[Operation]:
             continue
         found |= {name: op for name, op in here.items() if name not in found}
         layers += [name for name, op in here.items() if op in known_layers.names() and op != "Embedding"]
-    roles: dict[str, set[str]] = {name: set() for name in found}
+    roles = {name: {"layer"} if op in known_layers.names() else set() for name, op in found.items()}
     for role, name in zip(("first", "last"), layers[:1] + layers[-1:], strict=False):
         roles[name].add(role)
     return [Operation(name, op, frozenset(roles[name])) for name, op in found.items()]
@@ -139,9 +140,16 @@ def is_global_pool(node: fx.Node) -> bool:
 
 
 def tail_of(node: fx.Node) -> fx.Node:
-    """The last node that one integer kernel covers: the operation itself, or the clamp right behind it."""
+    """The last node that one integer kernel covers: the operation, its BatchNorm, or the clamp behind."""
     users = list(node.users)
+    if len(users) == 1 and is_folded_later(users[0]):
+        return tail_of(users[0])
     return users[0] if len(users) == 1 and kind_of(users[0]) == "clamp" else node
+
+
+def is_folded_later(node: fx.Node) -> bool:
+    """Whether the node is a BatchNorm that is kept for training and folded at freeze."""
+    return bool(node.meta.get("folded_later", False))
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

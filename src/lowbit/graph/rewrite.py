@@ -23,13 +23,16 @@ def swap(gm: nn.Module, path: str, module: nn.Module) -> None:
                 setattr(parent, name, module)
 
 
-def insert_after(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> fx.Node:
-    """Call `module`, added at `path`, on the result of `node`; all who read `node` read the new node."""
+def insert_after(
+    gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module, readers: list[fx.Node] | None = None
+) -> fx.Node:
+    """Call `module`, added at `path`, on the result of `node`; its readers, or those given, read the call."""
     gm.add_submodule(path, module)
     with gm.graph.inserting_after(node):
         call = gm.graph.call_module(path, (node,))
     call.meta.update(value=node.meta["value"], mask=node.meta.get("mask", False), name=path, scope="")
-    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    moved = set(node.users if readers is None else readers) - {call}
+    node.replace_all_uses_with(call, delete_user_cb=moved.__contains__)
     return call
 
 

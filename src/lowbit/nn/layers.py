@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit.core.affine import MIN_SCALE
 from lowbit.core.qtensor import QTensor
-from lowbit.core.spec import QuantSpec
+from lowbit.core.spec import Granularity, PerChannel, PerGroup, QuantSpec
 from lowbit.nn.quantizer import Quantizer
 from lowbit.registry import Registry
 
@@ -50,7 +51,9 @@ class QLayer(nn.Module):
     _weight_observer: str = "mse"
 
     @classmethod
-    def from_float(cls, layer: nn.Module, spec: QuantSpec, weight_observer: str = "mse") -> QLayer:
+    def from_float(
+        cls, layer: nn.Module, spec: QuantSpec, weight_observer: str = "mse", estimator: str = "lsq"
+    ) -> QLayer:
         """The same layer, sharing its Parameters, with a quantizer of that spec for the weight."""
         kwargs: dict[str, Any] = {name: getattr(layer, name) for name in cls.arguments}
         if hasattr(layer, "bias"):
@@ -59,7 +62,7 @@ class QLayer(nn.Module):
         q.weight = layer.weight  # type: ignore[assignment]
         if kwargs.get("bias"):
             q.bias = layer.bias  # type: ignore[assignment]
-        q.weight_quantizer = Quantizer(spec, observer=None)
+        q.weight_quantizer = Quantizer(spec, observer=None, estimator=estimator)
         q._weight_observer = weight_observer
         return q.train(layer.training)
 
@@ -83,6 +86,43 @@ class QLayer(nn.Module):
             return QTensor(parts[0], torch.ones([1] * parts[0].ndim), None, self.frozen_spec)
         return QTensor(*parts, self.frozen_spec)
 
+    def settle(self) -> None:
+        """End training: the latent weight as it is rounded, without learned scales."""
+        if self.frozen_spec is None:
+            quantizer = self.weight_quantizer
+            if quantizer.estimator.reshape is not None:
+                self.weight = nn.Parameter(quantizer.reshaped(self.weight.detach()))
+            quantizer.settle()
+
+    def rescale(self, factor: Tensor) -> int:
+        """weight -> weight * factor, by the scale alone: codes stay, or change sign with the factor.
+
+        Args:
+            factor: broadcastable to the weight, equal over all inputs of an output channel.
+
+        Returns:
+            How many codes had no opposite, such as the -8 of four bits, and moved by one step.
+        """
+        quantizer = self.weight_quantizer
+        if quantizer.spec.kind == "float" or not quantizer.ready:
+            self.weight = nn.Parameter(self.weight.detach() * factor)
+            return 0
+        before, spec = self.qweight(), quantizer.spec
+        size = torch.where(factor == 0, 1.0, factor.abs())
+        scale = (before.scale * size).clamp(min=MIN_SCALE)
+        if tuple(scale.shape) != spec.scale_shape(self.weight.shape):
+            quantizer.spec = spec = replace(spec, granularity=_granularity_of(scale, self.channel_axis))
+        flipped = factor < 0
+        if before.zero_point is not None:
+            zero = before.zero_point.expand(scale.shape)
+            quantizer.zero_point = torch.where(flipped, spec.qmin + spec.qmax - zero, zero)
+        quantizer.scale = scale
+        self.weight = nn.Parameter(before.dequantize() * factor)
+        codes = before.codes.int()
+        opposite = -codes if before.zero_point is None else spec.qmin + spec.qmax - codes
+        want = torch.where(flipped, opposite, codes)
+        return int(((self.qweight().codes.int() != want) & (factor != 0)).sum())
+
     def freeze(self, codes: Tensor | None = None) -> None:
         """Keep the codes (by default those of the latent weight) and let the latent weight go."""
         spec = self.weight_quantizer.spec
@@ -90,6 +130,12 @@ class QLayer(nn.Module):
         del self.weight
         self.register_buffer("weight_codes", codes)
         self.frozen_spec = spec
+
+
+def _granularity_of(scale: Tensor, channel_axis: int) -> Granularity:
+    """One scale per output channel; or, where it varies with the input channel too, groups of one."""
+    varies = [d for d, n in enumerate(scale.shape) if n > 1 and d != channel_axis]
+    return PerGroup(varies[0], 1) if varies else PerChannel(channel_axis)
 
 
 @layers.register("Linear")

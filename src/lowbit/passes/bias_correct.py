@@ -100,8 +100,7 @@ def _absorb(layer: QLayer, factor: Tensor, shift: Tensor) -> None:
     layer.bias = nn.Parameter(bias)
     if bool((factor != 1).any()):
         rows = factor.reshape([-1 if d == layer.channel_axis else 1 for d in range(layer.weight.ndim)])
-        layer.weight = nn.Parameter(layer.weight.detach() * rows)
-        layer.weight_quantizer.scale = layer.weight_quantizer.scale * rows
+        layer.rescale(rows)
 
 
 def correct_bias_analytically(gm: fx.GraphModule) -> list[str]:

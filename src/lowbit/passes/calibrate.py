@@ -49,7 +49,8 @@ def calibrate_weights(model: nn.Module) -> None:
     for path, layer in model.named_modules():
         if not isinstance(layer, QLayer) or layer.frozen_spec is not None:
             continue
-        quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+        quantizer = layer.weight_quantizer
+        weight = quantizer.reshaped(layer.weight.detach())
         check_finite(weight, f"the weight of '{path}'")
         if quantizer.spec.kind == "int":
             choose = group_amin_amax if layer.weight_observer == "minmax" else least_error_range_of

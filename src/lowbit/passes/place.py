@@ -13,6 +13,7 @@ from lowbit.graph.match import (
     hidden_layers,
     operations,
     path_name,
+    quantizer_of,
     rule_name,
     source_of,
     tail_of,
@@ -66,11 +67,12 @@ def resolve(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
 def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     """Put a quantizer on every weight and on every tensor that an integer kernel reads or writes, in place.
 
-    A tensor is quantized once, where it is produced: behind the clamp of the layer or addition that made it,
+    A tensor is quantized where it is produced: behind the clamp of the layer or addition that made it,
     and not between the two; operations that only move values share the quantizer of their input. Its spec is
-    the widest that its readers ask for. A model input or the result of a floating point operation is
-    quantized when an integer kernel reads it. A linear layer that writes an output of the model hands out its
-    accumulators, scaled: rounding them once more would only lose accuracy.
+    the widest that its readers ask for; readers that ask for fewer bits share a second quantizer behind it. A
+    model input or the result of a floating point operation is quantized when an integer kernel reads it. A
+    linear layer that writes an output of the model hands out its accumulators, scaled: rounding them once
+    more would only lose accuracy.
 
     Raises:
         LowbitError: a rule that matches nothing, a group size that does not divide.
@@ -79,7 +81,7 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     rules = {d.name: d.rule for d in decisions}
     wanted: dict[fx.Node, Rule] = {}
     for node, rule in _integer_nodes(gm, rules):
-        for operand in tensor_inputs(node)[: 1 if kind_of(node) == "layer" else None]:
+        for operand in _operands(node):
             source = source_of(operand)
             wanted[source] = max(wanted.get(source, rule), rule, key=_bits)
     for node, rule in _integer_nodes(gm, rules):
@@ -91,12 +93,38 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
         if asked is not None and asked.weight is not None and kind is not None:
             swap(gm, path, _quantized(layer, kind, asked, name))
     for node, rule in wanted.items():
-        assert rule.activation is not None
-        insert_after(gm, node, f"{QUANTIZERS}.{node.name}", Quantizer(rule.activation, rule.observer))
+        insert_after(gm, node, f"{QUANTIZERS}.{node.name}", _activation_quantizer(rule))
+    _narrow(gm, rules)
     for path, layer in [found for leaf in gm.meta["leaves"] for found in hidden_layers(gm, leaf)]:
         _bind(gm, path, layer, rules)
     finish(gm)
     return decisions
+
+
+def _narrow(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> None:
+    """A second quantizer, behind the one that all readers share, for those that ask for fewer bits."""
+    made: dict[tuple[fx.Node, int], fx.Node] = {}
+    for node, rule in list(_integer_nodes(gm, rules)):
+        for operand in _operands(node):
+            wide = quantizer_of(operand)
+            if wide is None or wide.spec.bits <= _bits(rule):
+                continue
+            key = operand, _bits(rule)
+            if key not in made:
+                name = operand.args[0].name if kind_of(operand) == "quantizer" else operand.name
+                path = f"{QUANTIZERS}.{name}_{key[1]}_bits"
+                made[key] = insert_after(gm, operand, path, _activation_quantizer(rule), readers=[])
+            node.replace_input_with(operand, made[key])
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """Activations that an integer kernel reads."""
+    return tensor_inputs(node)[: 1 if kind_of(node) == "layer" else None]
+
+
+def _activation_quantizer(rule: Rule) -> Quantizer:
+    assert rule.activation is not None
+    return Quantizer(rule.activation, rule.observer, rule.estimator)
 
 
 def _leaves_as_float(node: fx.Node) -> bool:
@@ -129,7 +157,7 @@ def _layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _quantized(layer: nn.Module, kind: type[QLayer], rule: Rule, name: str) -> QLayer:
-    return kind.from_float(layer, _spec_of(layer, kind, rule, name), rule.weight_observer)
+    return kind.from_float(layer, _spec_of(layer, kind, rule, name), rule.weight_observer, rule.estimator)
 
 
 def _spec_of(layer: nn.Module, kind: type[QLayer], rule: Rule, name: str) -> QuantSpec:
@@ -169,6 +197,6 @@ def _bind(gm: fx.GraphModule, path: str, layer: nn.Module, rules: dict[str, Rule
     if rule is None or kind is None or (rule.weight is None and rule.activation is None):
         return
     inner = _quantized(layer, kind, rule, name) if rule.weight else layer
-    activation = None if isinstance(layer, nn.Embedding) else rule.activation
-    quantizers = [Quantizer(activation, rule.observer) if activation else None for _ in range(2)]
+    reads = rule.activation is not None and not isinstance(layer, nn.Embedding)
+    quantizers = [_activation_quantizer(rule) if reads else None for _ in range(2)]
     swap(gm, path, BoundLayer(inner, *quantizers))

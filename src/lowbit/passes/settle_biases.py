@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
+from lowbit.core.affine import power_of_two
 from lowbit.core.integer import bias_codes
 from lowbit.graph.match import calls, input_quantizer, layer_nodes
 from lowbit.graph.ops import module_of
@@ -34,7 +35,7 @@ def settle_biases(gm: fx.GraphModule) -> None:
             continue
         need = bias.abs() / (source.scale.reshape(()) * 2.0**30)
         if quantizer.spec.scale == "pow2":
-            need = torch.exp2(torch.ceil(torch.log2(need)))
+            need = power_of_two(need)
         if quantizer.scale.numel() != bias.numel():
             quantizer.scale = torch.maximum(quantizer.scale, need.max())
         else:

@@ -1,0 +1,263 @@
+"""Gradients of rounding: what training takes for the derivative of a staircase.
+
+Every estimator has the same forward pass, the one that is deployed:
+
+    y = (clamp(round(x / s) + z, qmin, qmax) - z) * s
+
+Its derivative is zero almost everywhere, so each estimator puts another in its place. With v = x / s, the
+position in steps, and c = y / s, the code without its zero point, an element is *inside* when
+qmin - z <= v <= qmax - z. An estimator is one function of these that returns the gradients of x, of s and of
+z for each element; what belongs to one scale is summed here, and multiplied by 1 / sqrt(N qmax), where N
+counts the elements of a weight, or of one sample of an activation, that share the scale (LSQ, section 2.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import kernels
+from lowbit.core.affine import fake_quantize, grouped
+from lowbit.core.spec import QuantSpec, expand_to
+from lowbit.registry import Registry
+
+__all__ = ["Estimator", "Gradients", "Local", "estimator", "estimators"]
+
+
+@dataclass(frozen=True)
+class Local:
+    """What is known of each element when its gradient is asked for; all as shaped as x, or broadcastable."""
+
+    # gradient of the loss by y
+    g: Tensor
+    # x / s
+    v: Tensor
+    # (y / s): the code, zero point taken off
+    c: Tensor
+    inside: Tensor
+    # s
+    scale: Tensor
+
+    def within(self, t: Tensor) -> Tensor:
+        """`t` inside, zero outside."""
+        return torch.where(self.inside, t, 0.0)
+
+    def beyond(self, t: Tensor) -> Tensor:
+        """`t` outside, zero inside."""
+        return torch.where(self.inside, 0.0, t)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradient of each element, before those of one scale are summed."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A gradient of rounding, with what it needs to know of itself."""
+
+    gradients: Callable[[Local], Gradients]
+    # of "scale" and "zero_point", those it trains; a scale that is not trained follows the tensor's range
+    learns: tuple[str, ...] = ()
+    # what is done to a weight before it is rounded
+    reshape: Callable[[Tensor], Tensor] | None = None
+    # the fused pass that computes the same: "mask"; or, by what moves a trained scale, "full" or "ends"
+    fused: str | None = None
+
+    def __call__(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, count: int
+    ) -> Tensor:
+        """Quantize and dequantize `x`, with this estimator's gradients.
+
+        Args:
+            x: float32 tensor.
+            scale: in the rank of `x`, positive.
+            zero_point: as shaped as the scale, whole numbers of any type; None when the spec is symmetric.
+            spec: of kind "int".
+            count: elements that share a scale, for the size of its gradient.
+        """
+        gain = 1.0 / math.sqrt(max(1, count) * max(1, spec.qmax))
+        return _FakeQuantize.apply(x, scale, zero_point, spec, self, gain)  # type: ignore[no-untyped-call]
+
+
+estimators: Registry[Estimator] = Registry("estimator")
+
+
+def estimator(
+    name: str,
+    *,
+    learns: tuple[str, ...] = (),
+    reshape: Callable[[Tensor], Tensor] | None = None,
+    fused: str | None = None,
+) -> Callable[[Callable[[Local], Gradients]], Callable[[Local], Gradients]]:
+    """Decorator: the function becomes the estimator of that name."""
+
+    def add(gradients: Callable[[Local], Gradients]) -> Callable[[Local], Gradients]:
+        estimators.register(name)(Estimator(gradients, learns, reshape, fused))
+        return gradients
+
+    return add
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        spec: QuantSpec,
+        of: Estimator,
+        gain: float,
+    ) -> Tensor:
+        ctx.spec, ctx.of, ctx.gain = spec, of, gain
+        ctx.fused = of.fused if _is_fused(x, scale, spec) else None
+        if ctx.fused == "mask":
+            y, mask = kernels.fake_quantize_masked(x, scale, zero_point, spec.qmin, spec.qmax)
+            ctx.save_for_backward(mask)
+            return y
+        ctx.save_for_backward(x, scale, zero_point)
+        return fake_quantize(x, scale, zero_point, spec)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        if ctx.fused == "mask":
+            (mask,) = ctx.saved_tensors
+            return kernels.fake_quantize_masked_backward(g, mask), None, None, None, None, None
+        x, scale, zero_point = ctx.saved_tensors
+        gx, *sums = _gradients(ctx, g, x, scale, zero_point)
+        asked = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        gains = [
+            t * ctx.gain if t is not None and want else None for t, want in zip(sums, asked, strict=True)
+        ]
+        return gx, *gains, None, None, None
+
+
+def _gradients(
+    ctx: Any, g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradient of x, and those of scale and zero point, summed over what shares them."""
+    if ctx.fused is not None:
+        whole, moves = ctx.fused == "full", "zero_point" in ctx.of.learns
+        ends = (ctx.spec.qmin, ctx.spec.qmax)
+        return kernels.fake_quantize_backward(g, x, scale, zero_point, *ends, whole, moves)
+    found = ctx.of.gradients(_local(g, x, scale, zero_point, ctx.spec))
+    return found.x, _sum(found.scale, scale), _sum(found.zero_point, scale)
+
+
+def _is_fused(x: Tensor, scale: Tensor, spec: QuantSpec) -> bool:
+    return spec.rounding == "half_even" and kernels.supports(x, scale)
+
+
+def _local(g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Local:
+    y = fake_quantize(x, scale, zero_point, spec)
+    each = expand_to(scale, x.shape)
+    v = x / each
+    zero = 0 if zero_point is None else expand_to(zero_point, x.shape)
+    return Local(g, v, y / each, (spec.qmin - zero <= v) & (v <= spec.qmax - zero), each)
+
+
+def _sum(t: Tensor | None, scale: Tensor) -> Tensor | None:
+    """Sums over the elements that share a scale, in its shape."""
+    return None if t is None else grouped(t, tuple(scale.shape)).sum(dim=1).reshape(scale.shape)
+
+
+@estimator("ste")
+def ste(at: Local) -> Gradients:
+    """Straight through: dy/dx = 1 everywhere, beyond the clamp too.
+
+    Bengio, Leonard, Courville 2013, "Estimating or propagating gradients through stochastic neurons". Weights
+    that were clipped go on growing; meant for comparisons.
+    """
+    return Gradients(at.g)
+
+
+@estimator("clipped_ste", fused="mask")
+def clipped_ste(at: Local) -> Gradients:
+    """Straight through, stopped by the clamp: dy/dx = 1 inside, 0 outside.
+
+    Hubara et al. 2016, "Quantized neural networks", eq. 6. The scale follows the range of the tensor.
+    """
+    return Gradients(at.within(at.g))
+
+
+@estimator("lsq", learns=("scale",), fused="full")
+def lsq(at: Local) -> Gradients:
+    """Learned step size: dy/dx = 1 inside; dy/ds = c - v inside, c outside.
+
+    Esser et al. 2020, "Learned step size quantization", eq. 3 to 5.
+    """
+    return Gradients(at.within(at.g), at.g * torch.where(at.inside, at.c - at.v, at.c))
+
+
+@estimator("lsq_plus", learns=("scale", "zero_point"), fused="full")
+def lsq_plus(at: Local) -> Gradients:
+    """LSQ with a learned offset: dy/dz = -s outside, 0 inside; z is rounded in the forward pass.
+
+    Bhalgat et al. 2020, "LSQ+", eq. 6 and 7, for an offset of -z s. With a symmetric spec it equals `lsq`.
+    """
+    found = lsq(at)
+    return Gradients(found.x, found.scale, at.beyond(-at.g * at.scale))
+
+
+@estimator("pact", learns=("scale",), fused="ends")
+def pact(at: Local) -> Gradients:
+    """Parameterized clipping: the clipped elements alone move the scale, dy/ds = c outside, 0 inside.
+
+    Choi et al. 2018, "PACT", eq. 2, with alpha = s (qmax - z); both ends count where there are two.
+    """
+    return Gradients(at.within(at.g), at.beyond(at.g * at.c))
+
+
+@estimator("ewgs", learns=("scale",))
+def ewgs(at: Local) -> Gradients:
+    """Element-wise gradient scaling: dL/dx = g (1 + d sign(g) (v - c)) inside, d = 0.02; dy/ds as in `lsq`.
+
+    Lee, Kim, Ham 2021, "Network quantization with element-wise gradient scaling", eq. 3. An element is pushed
+    harder when the step asks it to move away from its code.
+    """
+    pushed = at.g * (1 + EWGS_DELTA * torch.sign(at.g) * (at.v - at.c))
+    return Gradients(at.within(pushed), lsq(at).scale)
+
+
+EWGS_DELTA = 0.02
+
+
+@estimator("dsq", learns=("scale",))
+def dsq(at: Local) -> Gradients:
+    """Differentiable soft quantization: dy/dx is the slope of a row of tanh steps; dy/ds as in `lsq`.
+
+    phi(v) = m + tanh(k (v - m)) / (2 tanh(k / 2)) between two codes with middle m = floor(v) + 1/2, and
+    dy/dx = phi'(v) inside, which is 1 on average. Gong et al. 2019, "Differentiable soft quantization", eq. 4
+    to 8, alpha = 0.4: k = log(2 / alpha - 1).
+    """
+    offset = at.v - torch.floor(at.v) - 0.5
+    slope = DSQ_K / (2 * math.tanh(DSQ_K / 2)) / torch.cosh(DSQ_K * offset).square()
+    return Gradients(at.within(at.g * slope), lsq(at).scale)
+
+
+DSQ_K = math.log(2 / 0.4 - 1)
+
+
+def _dorefa_weight(w: Tensor) -> Tensor:
+    bent = torch.tanh(w)
+    return bent * (w.detach().abs().amax() / bent.detach().abs().amax().clamp(min=1e-12))
+
+
+@estimator("dorefa", reshape=_dorefa_weight, fused="mask")
+def dorefa(at: Local) -> Gradients:
+    """DoReFa: weights are bent before they are rounded, w' = max|w| tanh(w) / max|tanh(w)|, and dy/dw' = 1.
+
+    Zhou et al. 2016, "DoReFa-Net", eq. 9, with the range kept instead of [-1, 1], for a trained network
+    depends on it. Activations are clipped and passed straight through (eq. 5).
+    """
+    return Gradients(at.within(at.g))
