@@ -21,11 +21,13 @@ $(VENV)/torch.stamp: constraints.txt
 	$(INSTALL) $$(grep '^torch==' constraints.txt)
 	touch $@
 
-$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+NATIVE := setup.py $(wildcard src/lowbit/kernels/*.cpp src/lowbit/kernels/*.h)
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml $(NATIVE)
 	$(INSTALL) -e '.[onnx]'
 	touch $@
 
-$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
+$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml $(NATIVE)
 	$(INSTALL) -e '.[onnx,openvino,dev]'
 	touch $@ $(VENV)/demo.stamp
 
