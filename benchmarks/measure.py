@@ -27,6 +27,7 @@ class Timing:
     paired: float  # median over the rounds of (this / first in the same round)
     low: float  # smallest per-round ratio
     high: float  # largest per-round ratio
+    cpu: float  # `paired`, of the processor time of this process: what others run here matters less to it
 
     @property
     def speedup(self) -> float:
@@ -46,7 +47,7 @@ def interleave(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; at least 1 is needed")
     prepare = before or {}
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(warmup + rounds):
         for name, run in runs.items():
             prepare.get(name, _nothing)()
@@ -57,26 +58,28 @@ def interleave(
     return {name: _timing(name, seconds, first) for name, seconds in times.items()}
 
 
-def _timing(name: str, seconds: list[float], first: list[float]) -> Timing:
-    median = statistics.median(seconds)
-    ratios = [a / b for a, b in zip(seconds, first, strict=True)]
+def _timing(name: str, seconds: list[tuple[float, float]], first: list[tuple[float, float]]) -> Timing:
+    median = statistics.median(wall for wall, _ in seconds)
+    ratios = [a / b for (a, _), (b, _) in zip(seconds, first, strict=True)]
     return Timing(
         name=name,
         seconds=median,
-        ratio=median / statistics.median(first),
+        ratio=median / statistics.median(wall for wall, _ in first),
         paired=statistics.median(ratios),
         low=min(ratios),
         high=max(ratios),
+        cpu=statistics.median(a / b for (_, a), (_, b) in zip(seconds, first, strict=True)),
     )
 
 
-def _time(run: Run) -> float:
+def _time(run: Run) -> tuple[float, float]:
+    """Wall and processor seconds of one call."""
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         run()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
     finally:
         gc.enable()
 

@@ -386,3 +386,86 @@ def test_a_recipe_of_your_own() -> None:
     assert (q.coverage()["a"].status, q.coverage()["b"].status) == ("weight", "integer")
     same = Recipe(rules=(Rule(match="a", weight=INT8), Rule(match="b", weight=lowbit.INT4, activation=UINT8)))
     assert torch.equal(q(X), lowbit.quantize(model, same, calibration=[X])(X))
+
+
+# --- recipes that keep BatchNorm for training
+
+TRAINED = ("w8a8", "w4a4", "w2a2")
+
+
+def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("recipe", [*TRAINED, "w4"])
+def test_without_training_it_does_not_matter_when_batchnorm_is_folded(recipe: str) -> None:
+    model = settle(InvertedResidual(), X)
+    after = lowbit.quantize(model, preset(recipe), calibration=[X])
+    before = lowbit.quantize(model, replace(preset(recipe), fold_bn="before"), calibration=[X])
+    assert torch.equal(after(X), before(X))
+    assert after.recipe == before.recipe
+    assert after.recipe.fold_bn == "before"
+
+
+@pytest.mark.parametrize("build", [BatchNormNet, InvertedResidual])
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_a_network_ready_for_training_computes_what_it_did(
+    build: Callable[[], nn.Module], recipe: str
+) -> None:
+    """Until it is calibrated; BatchNorm stands where it stood."""
+    model = settle(build(), X)
+    q = lowbit.prepare(model, recipe, X)
+    assert sqnr(model(X), q(X)) > 100
+    assert [b.num_features for b in norms(q)] == [b.num_features for b in norms(model)]
+    rows = [row for row in q.coverage().rows if row.op.startswith("BatchNorm")]
+    assert [(row.status, row.why[:9]) for row in rows] == [("integer", "goes into")] * len(norms(q))
+    lowbit.calibrate(q, [X])
+    assert sqnr(model(X), q(X)) > {"w8a8": 28, "w4a4": 10, "w2a2": 0}[recipe]
+
+
+@pytest.mark.parametrize("build", [BatchNormNet, InvertedResidual])
+def test_prepared_calibrated_and_frozen_is_quantized(build: Callable[[], nn.Module]) -> None:
+    """Per channel the best range of a weight does not depend on a factor, so neither does the network."""
+    model = settle(build(), X)
+    outputs = []
+    for fold in ("before", "after"):
+        q = lowbit.prepare(model, replace(preset("w8a8"), fold_bn=fold), X)  # type: ignore[arg-type]
+        lowbit.calibrate(q, [X])
+        assert bool(norms(q)) == (fold == "after")
+        outputs.append(lowbit.freeze(q)(X))
+        assert not norms(q)
+        assert q.recipe.fold_bn == "before"
+    assert sqnr(*outputs) > 35
+    assert sqnr(model(X), outputs[1]) > sqnr(model(X), outputs[0]) - 1
+
+
+def test_batchnorm_is_trained() -> None:
+    q = lowbit.prepare(network(), "w4a4", X)
+    lowbit.calibrate(q, [X])
+    before = copy.deepcopy(q.state_dict())
+    optimizer = torch.optim.SGD(q.train().parameters(), lr=0.1)
+    (q(X) - 1).square().mean().backward()
+    optimizer.step()
+    moved = {n for n, v in q.state_dict().items() if not torch.equal(v, before[n])}
+    for name in ("bn_a", "bn_b"):
+        assert {f"{name}.{n}" for n in ("weight", "bias", "running_mean", "running_var")} <= moved
+    assert {"a.weight", "b.weight", "fc.weight", "fc.bias"} <= moved
+    scales = {f"{p}.scale" for p, m in q.graph.named_modules() if isinstance(m, Quantizer)}
+    assert scales <= moved
+
+
+def test_a_frozen_network_cannot_be_calibrated_again() -> None:
+    q = lowbit.prepare(network(), "w4a4", X)
+    lowbit.freeze(lowbit.calibrate(q, [X]))
+    with pytest.raises(LowbitError, match="the model is frozen"):
+        lowbit.calibrate(q, [X])
+
+
+def test_calibrating_twice_is_calibrating_once() -> None:
+    """Parameters stay the same objects, so an optimizer made in between goes on."""
+    q = lowbit.prepare(network(), "w4a4", X)
+    lowbit.calibrate(q, [X])
+    want, parameters = q(X), list(q.parameters())
+    lowbit.calibrate(q, [X])
+    assert all(a is b for a, b in zip(q.parameters(), parameters, strict=True))
+    assert torch.equal(q(X), want)

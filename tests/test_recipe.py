@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lowbit import (
     Rule,
     preset,
 )
+from lowbit.core.estimators import estimators
 from lowbit.recipe import presets
 
 
@@ -318,3 +319,69 @@ def test_get_takes_every_form(name: str, tmp_path: Path) -> None:
 def test_get_refuses_the_rest(form: Any) -> None:
     with pytest.raises(LowbitError, match="is no recipe; pass a Recipe, a dict, a name or a path"):
         Recipe.get(form)
+
+
+# -- presets for training
+
+
+@pytest.mark.parametrize("weight", range(2, 9))
+@pytest.mark.parametrize("inputs", [None, *range(2, 9)])
+def test_presets_of_every_width(weight: int, inputs: int | None) -> None:
+    """First and last layer keep 8 bits; inputs narrower than 8 are those of layers, and sums keep 8."""
+    name = f"w{weight}" if inputs is None else f"w{weight}a{inputs}"
+    recipe = preset(name)
+    operations = [*LAYERS, Layer("add", "add")]
+    operations = [replace(o, roles=o.roles | {"layer"}) if o.op != "add" else o for o in operations]
+    resolved = recipe.resolve(operations)
+    for operation in operations:
+        rule = resolved[operation.name]
+        assert rule is not None
+        edge, addition = bool(operation.roles & {"first", "last"}), operation.op == "add"
+        if not addition:
+            assert rule.weight == (INT8 if edge else replace(INT4, bits=weight))
+        if inputs is None:
+            assert rule.activation is None
+        else:
+            assert rule.activation == replace(UINT8, bits=8 if edge or addition else inputs)
+        assert rule.estimator == "lsq"
+    assert recipe.fold_bn == "after", "BatchNorm is trained along"
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert Recipe.get(name) == recipe
+
+
+@pytest.mark.parametrize("name", ["w1a8", "w9a4", "w4a1", "w4a", "w04a4", "W4A4", "w4a4 ", "", "w4a16"])
+def test_widths_that_no_preset_has(name: str) -> None:
+    with pytest.raises(LowbitError, match="no preset is named"):
+        preset(name)
+
+
+@pytest.mark.parametrize("estimator", estimators.names())
+def test_estimator_of_a_preset(estimator: str) -> None:
+    recipe = preset("w4a4", estimator=estimator)
+    assert {rule.estimator for rule in recipe.rules} == {estimator}
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_an_estimator_that_does_not_exist() -> None:
+    with pytest.raises(LowbitError, match="no estimator is named 'lsqq'; did you mean 'lsq'"):
+        preset("w4a4", estimator="lsqq")
+    with pytest.raises(LowbitError, match="estimator=7 is not text"):
+        Rule(estimator=7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [True, False, None, "After", "always"])
+def test_when_batchnorm_is_folded(value: Any) -> None:
+    with pytest.raises(LowbitError, match=r"fold_bn=.* is unknown; use 'before', 'after' or 'never'"):
+        Recipe(rules=(Rule(),), fold_bn=value)
+
+
+def test_granularity_of_a_preset_for_training() -> None:
+    """A group size that suits the inner layers rarely divides the inputs of the first."""
+    groups, whole = preset("w4a4", weight_granularity=16), preset("w4a4", weight_granularity="tensor")
+    assert [r.weight and r.weight.granularity for r in groups.rules] == [
+        PerChannel(0),
+        PerChannel(0),
+        PerGroup(1, 16),
+        None,
+    ]
+    assert [r.weight and r.weight.granularity for r in whole.rules] == [*[PerTensor()] * 3, None]

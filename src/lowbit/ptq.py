@@ -18,12 +18,13 @@ from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
 from lowbit.passes.bias_correct import correct_bias_analytically, correct_outputs
-from lowbit.passes.calibrate import batches, calibrate_activations, calibrate_weights
+from lowbit.passes.calibrate import batches
 from lowbit.passes.equalize import equalize
-from lowbit.passes.fold_bn import fold_bn, fold_later, fold_quantized, make_gains_positive
-from lowbit.passes.place import place
+from lowbit.passes.fold_bn import fold_bn, fold_later, fold_quantized
+from lowbit.passes.place import place, resolve
 from lowbit.passes.settle_biases import settle_biases
 from lowbit.recipe import Recipe
+from lowbit.scales import calibrate_for_training, choose_scales
 
 __all__ = ["assemble", "calibrate", "float_graph", "freeze", "prepare", "quantize"]
 
@@ -109,6 +110,10 @@ def calibrate(q: QuantizedModel, calibration: Any, *, num_batches: int | None = 
 
     Scales that the recipe's estimators train become Parameters: make the optimizer after this.
 
+    Under `torchrun` every rank calls this with the same data in the same order: each runs a contiguous share
+    of the batches, and all end with the ranges that one process would have found, exactly. Data without a
+    length is run by every rank; batches of a DistributedSampler are a rank's own.
+
     Args:
         calibration: as for `quantize`.
 
@@ -120,18 +125,8 @@ def calibrate(q: QuantizedModel, calibration: Any, *, num_batches: int | None = 
         raise LowbitError(
             "the model is frozen, so its float weights are gone; calibrate what lowbit.prepare returns"
         )
-    make_gains_positive(q.graph)
-    _choose_scales(q, calibration, num_batches)
-    for module in q.graph.modules():
-        if isinstance(module, Quantizer):
-            module.learn()
+    calibrate_for_training(q, calibration, num_batches)
     return q
-
-
-def _choose_scales(q: QuantizedModel, calibration: Any, num_batches: int | None) -> None:
-    calibrate_weights(q.graph)
-    unreached = calibrate_activations(q.graph, calibration, num_batches)
-    q.notes += [Note(name, "no calibration data reached it; it stays in float") for name in unreached]
 
 
 def freeze(q: QuantizedModel) -> QuantizedModel:
@@ -166,14 +161,21 @@ def freeze(q: QuantizedModel) -> QuantizedModel:
 
 
 def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.GraphModule, list[Note]]:
-    """The float model as the recipe prepares it: traced, folded, equalized; the quantized one's twin."""
+    """The float model as the recipe prepares it: traced, folded, equalized; the quantized one's twin.
+
+    A scale that is a power of two cannot take up a factor: BatchNorm behind such a weight is folded at once.
+    """
     expect(model, nn.Module, "model", "pass the network itself, such as nn.Linear(4, 2)")
     if isinstance(model, QuantizedModel):
         raise LowbitError("model is quantized already; pass the float model that it was made from")
     gm, notes = trace(model, example)
-    fold = {"before": fold_bn, "after": fold_later}.get(recipe.fold_bn)
-    if fold is not None:
-        notes += [Note(name, f"BatchNorm stays, {why}") for name, why in fold(gm)]
+    kept: list[tuple[str, str]] = []
+    if recipe.fold_bn == "before":
+        kept = fold_bn(gm)
+    elif recipe.fold_bn == "after":
+        now = {d.name for d in resolve(gm, recipe) if d.weight is not None and d.weight.scale == "pow2"}
+        kept = fold_later(gm, now)
+    notes += [Note(name, f"BatchNorm stays, {why}") for name, why in kept]
     if recipe.equalize:
         equalize(gm)
     return gm, notes
@@ -214,7 +216,7 @@ class _Trial:
     def calibrated(self, gm: fx.GraphModule, recipe: Recipe) -> QuantizedModel:
         """A quantized copy of a float graph."""
         q = assemble(clone(gm), recipe, self.example, self.notes)
-        _choose_scales(q, self.calibration, self.num_batches)
+        choose_scales(q, self.calibration, self.num_batches)
         return q
 
     def quality(self, gm: fx.GraphModule) -> float:
@@ -261,7 +263,7 @@ class _Trial:
 
 def _quantize_without_data(model: nn.Module, recipe: Recipe, example: Inputs) -> QuantizedModel:
     q = prepare(model, recipe, example)
-    _choose_scales(q, [], None)
+    choose_scales(q, [], None)
     if recipe.refine:
         names = correct_bias_analytically(q.graph)
         q.steps.append(

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from lowbit import FP16, INT4, INT8, PerChannel, PerGroup, PerTensor, QTensor, QuantSpec
 from lowbit.core.affine import group_amin_amax
+from lowbit.core.estimators import estimators
 from lowbit.core.qtensor import quantization_error
-from lowbit.nn.layers import BoundLayer, QLayer, obstacle, quantized_layer
+from lowbit.core.spec import expand_to
+from lowbit.nn.layers import BoundLayer, QLayer, QLinear, obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
@@ -53,10 +55,11 @@ def on_axis(spec: QuantSpec, axis: int) -> QuantSpec:
     return replace(spec, granularity=PerChannel(axis)) if channel else spec
 
 
-def quantized(layer: nn.Module, spec: QuantSpec) -> QLayer:
+def quantized(layer: nn.Module, spec: QuantSpec, estimator: str = "lsq") -> QLayer:
+    """Calibrated from smallest to largest, ready to be trained."""
     kind = quantized_layer(type(layer))
     assert kind is not None
-    q = kind.from_float(layer, spec)
+    q = kind.from_float(layer, spec, estimator=estimator)
     if spec.kind == "int":
         q.weight_quantizer.set_range(*group_amin_amax(layer.weight.detach(), spec))
     q.weight_quantizer.mode = "quantize"
@@ -171,3 +174,103 @@ class TestBoundLayer:
     def test_it_can_be_copied(self) -> None:
         bound = copy.deepcopy(BoundLayer(nn.Linear(4, 3), None, Quantizer(INT8)))
         assert bound.in_features == 4
+
+
+# -- what happens to a layer at the end of training
+
+RESCALED: dict[str, tuple[Callable[[], nn.Module], QuantSpec]] = {
+    "one scale": (lambda: nn.Linear(8, 6), QuantSpec(bits=4)),
+    "channels": (lambda: nn.Conv2d(8, 6, 3), INT4),
+    "eight bits": (lambda: nn.Conv1d(8, 6, 3), INT8),
+    "two bits": (lambda: nn.Conv2d(8, 6, 3), replace(INT4, bits=2)),
+    "narrow": (lambda: nn.Conv2d(8, 6, 3), replace(INT4, narrow=True)),
+    "zero points": (lambda: nn.Conv2d(8, 6, 3), SPECS["uint4+zp/channel"]),
+    "one zero point": (lambda: nn.Linear(8, 6), QuantSpec(bits=4, symmetric=False)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), INT4),
+    "groups of inputs": (lambda: nn.Linear(8, 6), QuantSpec(bits=4, granularity=PerGroup(1, 4))),
+    "groups of inputs, zero points": (
+        lambda: nn.Conv2d(8, 6, 3),
+        QuantSpec(bits=4, symmetric=False, granularity=PerGroup(1, 2)),
+    ),
+    "groups of outputs": (
+        lambda: nn.Linear(8, 6),
+        QuantSpec(bits=4, symmetric=False, granularity=PerGroup(0, 3)),
+    ),
+    "input channels": (lambda: nn.Conv2d(8, 6, 3), QuantSpec(bits=4, granularity=PerChannel(1))),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 6, 3), replace(INT4, granularity=PerChannel(1))),
+    "transposed, one scale": (lambda: nn.ConvTranspose2d(8, 6, 3), QuantSpec(bits=4)),
+    "transposed, groups of outputs": (
+        lambda: nn.ConvTranspose2d(8, 6, 3),
+        QuantSpec(bits=4, symmetric=False, granularity=PerGroup(1, 3)),
+    ),
+    "transposed, input channels": (
+        lambda: nn.ConvTranspose2d(8, 6, 3),
+        QuantSpec(bits=4, granularity=PerChannel(-4)),
+    ),
+}
+FACTORS = {
+    "positive": torch.tensor([0.3, 1.0, 2.5, 7.0, 1e-3, 40.0]),
+    "negative too": torch.tensor([0.3, -1.0, 2.5, -7.0, 1e-3, 40.0]),
+    "zero": torch.tensor([0.3, 0.0, 2.5, 7.0, 1e-3, 40.0]),
+}
+
+
+@pytest.mark.parametrize("sign", FACTORS)
+@pytest.mark.parametrize("name", RESCALED)
+def test_a_factor_goes_into_the_scale(name: str, sign: str) -> None:
+    """The oracle: decoded weights times the factor. Codes stay, or turn into their opposites."""
+    build, spec = RESCALED[name]
+    q = quantized(build(), spec)
+    by_channel = FACTORS[sign].reshape([-1 if d == q.channel_axis else 1 for d in range(q.weight.ndim)])
+    before, negative = q.qweight(), (by_channel < 0).expand(q.weight.shape)
+    want = before.dequantize() * by_channel
+    lost = negative & (-before.codes.int() > spec.qmax) & spec.symmetric
+    assert q.rescale(by_channel) == int(lost.sum())
+    after = q.qweight()
+    opposite = -before.codes.int() if spec.symmetric else spec.qmin + spec.qmax - before.codes.int()
+    codes = torch.where(negative, opposite.clamp(max=spec.qmax), before.codes.int())
+    assert torch.equal(after.codes.int()[want != 0], codes[want != 0])
+    assert torch.allclose(after.dequantize()[~lost], want[~lost], rtol=1e-5)
+    step = expand_to(after.scale, want.shape).expand(want.shape)
+    assert ((after.dequantize() - want).abs()[lost] <= 1.001 * step[lost]).all()
+    assert after.spec.scale_shape(want.shape) == tuple(after.scale.shape)
+    assert after.spec == replace(spec, granularity=after.spec.granularity)
+    assert torch.equal(q.effective_weight(), after.dequantize())
+    q.freeze()
+    assert torch.equal(q.effective_weight(), after.dequantize())
+
+
+def test_one_scale_becomes_one_for_each_channel() -> None:
+    q = quantized(nn.Linear(8, 6), QuantSpec(bits=4))
+    q.rescale(FACTORS["positive"][:, None])
+    assert str(q.weight_quantizer.spec) == "int4/channel"
+
+
+def test_a_factor_on_halves_and_on_floats() -> None:
+    factor = FACTORS["negative too"][:, None]
+    for layer in (quantized(nn.Linear(8, 6), FP16), QLinear.from_float(nn.Linear(8, 6), INT8)):
+        want = layer.weight.detach() * factor
+        assert layer.rescale(factor) == 0
+        assert torch.equal(layer.weight, want)
+
+
+@pytest.mark.parametrize("estimator", estimators.names())
+@pytest.mark.parametrize("name", LAYERS)
+def test_settling_and_freezing_change_no_number(name: str, estimator: str) -> None:
+    build, data = LAYERS[name]
+    layer, x = build(), data()
+    q = quantized(layer, on_axis(INT4, 1 if isinstance(layer, nn.ConvTranspose2d) else 0), estimator)
+    q.weight_quantizer.learn()
+    optimizer = torch.optim.SGD(q.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        q.train()(x).square().mean().backward()
+        optimizer.step()
+    want, codes = q.eval()(x), q.qweight().codes
+    q.settle()
+    assert torch.equal(q(x), want)
+    q.settle()
+    assert torch.equal(q(x), want), "twice is once"
+    q.freeze()
+    assert torch.equal(q(x), want)
+    assert torch.equal(q.qweight().codes, codes)

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from helpers import STYLES, BatchNormNet, Fn, InvertedResidual, conv, image, quantizers, settle, traced
 from torch import Tensor, nn
 
+import lowbit
 from lowbit import FP16, INT4, INT8, UINT8, LowbitError, PerChannel, PerGroup, QuantSpec, Recipe, Rule, preset
+from lowbit.core.affine import choose_qparams
 from lowbit.graph.ops import kind_of, module_of
 from lowbit.nn.layers import BoundLayer, QLayer
 from lowbit.nn.quantizer import Quantizer
-from lowbit.passes.fold_bn import fold_bn
+from lowbit.passes.fold_bn import fold_bn, fold_later
 from lowbit.passes.place import place, resolve
 
 
@@ -277,3 +279,115 @@ def test_the_observer_of_the_rule() -> None:
             assert module.weight_observer == "minmax"
     names = {type(gm.get_submodule(path).observer).__name__ for path in quantizers(gm).values()}
     assert names == {"KL"}
+
+
+# -- inputs narrower than the tensor that is kept
+
+FOUR = replace(UINT8, bits=4)
+NARROW = Recipe(rules=(Rule(match="role:layer", weight=INT8, activation=FOUR), Rule(activation=UINT8)))
+
+
+class Narrowed:
+    """What stands before each reader of a placed graph."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, x: Tensor | None = None) -> None:
+        self.gm = placed(model, recipe, image() if x is None else x)
+        self.nodes = {str(n.meta["name"]): n for n in self.gm.graph.nodes if n.op != "output"}
+
+    def chain(self, reader: str, operand: int = 0) -> list[str]:
+        """From the operand back to the operation that made it: "4", "max_pool2d", "8", "relu"."""
+        node, found = self.nodes[reader].args[operand], []
+        while kind_of(node) in ("quantizer", "pass"):
+            quantizes = kind_of(node) == "quantizer"
+            found.append(str(module_of(node).spec.bits) if quantizes else str(node.meta["name"]))
+            node = node.args[0]
+        return [*found, str(node.meta["name"])]
+
+    def reads_same(self, first: str, second: str) -> bool:
+        return self.nodes[first].args[0] is self.nodes[second].args[0]
+
+    @property
+    def count(self) -> int:
+        return sum(isinstance(m, Quantizer) for m in self.gm.modules()) - sum(
+            isinstance(m, QLayer) for m in self.gm.modules()
+        )
+
+
+def test_readers_of_one_tensor_share_a_narrow_quantizer() -> None:
+    model = Fn(lambda m, x: m.b(y := F.relu(m.a(x))) + m.c(y) + y, a=conv(3, 8), b=conv(8, 8), c=conv(8, 8))
+    found = Narrowed(model, NARROW)
+    assert found.chain("b") == found.chain("c") == ["4", "8", "relu"]
+    assert found.reads_same("b", "c")
+    assert found.chain("add#2", 1) == ["8", "relu"], "the sum reads the wide one"
+    assert found.chain("a") == ["4", "x"], "no other reader, no second quantizer"
+    assert found.count == 7
+
+
+def test_a_narrow_quantizer_stands_behind_what_moves_the_values() -> None:
+    """Rounded before a maximum or after it, the codes are the same; each branch has its own."""
+    model = Fn(
+        lambda m, x: m.fc(F.max_pool2d(y := F.relu(m.a(x)), 8).flatten(1)) + m.b(y + y).mean((2, 3)),
+        a=conv(3, 8),
+        b=conv(8, 5),
+        fc=nn.Linear(8, 5),
+    )
+    found = Narrowed(model, NARROW)
+    assert found.chain("fc") == ["4", "flatten", "max_pool2d", "8", "relu"]
+    assert found.chain("add") == ["8", "relu"]
+
+
+def test_equal_widths_need_one_quantizer() -> None:
+    model = Fn(lambda m, x: m.b(y := F.relu(m.a(x))) + m.c(y), a=conv(3, 8), b=conv(8, 8), c=conv(8, 8))
+    for recipe in (preset("w8a8"), preset("w4a8"), Recipe(rules=(Rule(weight=INT4, activation=FOUR),))):
+        found = Narrowed(model, recipe)
+        assert not any("_bits" in name for name in found.nodes)
+        assert found.count == 5
+
+
+def test_three_widths() -> None:
+    two = replace(UINT8, bits=2)
+    rules = (Rule(match="b", weight=INT8, activation=two), *NARROW.rules)
+    model = Fn(lambda m, x: m.b(y := m.a(x)) + m.c(y) + y, a=conv(3, 8), b=conv(8, 8), c=conv(8, 8))
+    found = Narrowed(model, Recipe(rules=rules))
+    assert found.chain("b") == ["2", "8", "a"]
+    assert found.chain("c") == ["4", "8", "a"]
+
+
+@pytest.mark.parametrize("name", ["w4a4", "w3a3", "w2a2", "w2a4"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_presets_narrow_the_inputs_of_inner_layers_alone(name: str, after: bool) -> None:
+    """First and last layer, sums and averages have 8 bits, whenever BatchNorm is folded."""
+    model = settle(InvertedResidual(), image())
+    gm = traced(model, image())
+    (fold_later if after else fold_bn)(gm)
+    place(gm, preset(name))
+    bits = int(name[3])
+    layers = {str(n.meta["name"]): n for n in gm.graph.nodes if kind_of(n) == "layer"}
+    weights = {n: module_of(node).weight_quantizer.spec.bits for n, node in layers.items()}
+    inputs = {n: module_of(node.args[0]).spec.bits for n, node in layers.items()}
+    inner = {"expand.0", "depthwise.0", "project.0"}
+    assert {n for n, b in weights.items() if b == int(name[1])} == inner
+    assert {n for n, b in inputs.items() if b == bits} == inner
+    assert {b for n, b in (*weights.items(), *inputs.items()) if n not in inner} == {8}
+    add = next(n for n in gm.graph.nodes if kind_of(n) == "add")
+    assert [module_of(a).spec.bits for a in add.args] == [8, 8]
+    paths = {str(n.target) for n in gm.graph.nodes if kind_of(n) == "quantizer"}
+    assert paths == {
+        f"activation_quantizers.{p}"
+        for p in ("x", "stem", f"stem_{bits}_bits", "expand_2", "depthwise_2", "project_0", "add", "head")
+    }
+
+
+def test_both_quantizers_see_the_same_tensor() -> None:
+    """Each has its own range: of the floats, not of what the other rounds."""
+    x = image()
+    model = Fn(lambda m, x: m.b(y := F.relu(m.a(x))) + y, a=conv(3, 8), b=conv(8, 8))
+    q = lowbit.prepare(model, NARROW, x)
+    lowbit.calibrate(q, [x])
+    relu = F.relu(model.a(x)).detach()
+    for bits, path in ((8, "relu"), (4, "relu_4_bits")):
+        quantizer = q.graph.get_submodule(f"activation_quantizers.{path}")
+        alone = lowbit.observers.get("mse")(quantizer.spec)
+        alone.update(relu)
+        assert torch.equal(quantizer.scale, choose_qparams(*alone.range(), quantizer.spec)[0])
+        assert quantizer.spec.bits == bits

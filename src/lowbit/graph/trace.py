@@ -42,7 +42,7 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
         The graph in evaluation mode, and what could not be followed. `meta["leaves"]` holds the path of each
         submodule that is called as it stands, with the reason; `meta["whole"]` says whether that is the model
         itself; `meta["inside"]` holds (input, output) of every call of a layer in there, as tensors without
-        numbers.
+        numbers; `meta["unused"]` holds the names of what the model keeps and never reads.
 
     Raises:
         LowbitError: the model does not run on the example, or its parameters are not float32.
@@ -62,6 +62,7 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
             gm.meta.update(leaves={"model": reason}, whole=True)
             notes = [Note("", f"the whole model is called as it stands, for it cannot be traced: {reason}")]
             normalize(gm)
+        gm.meta["unused"] = frozenset() if gm.meta["whole"] else _unused(gm, copied)
         gm.meta["inside"] = _shapes_inside(gm, examples[0])
     return gm.eval(), notes
 
@@ -136,6 +137,12 @@ def _check_equal(gm: fx.GraphModule, examples: list[Inputs], outputs: list[Any])
             same = same and a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
         if not same:
             raise LowbitError("its graph would compute something else")
+
+
+def _unused(gm: fx.GraphModule, model: nn.Module) -> frozenset[str]:
+    """Names of entries of the model's state dict that the graph does without."""
+    kept = {id(t) for t in gm.state_dict(keep_vars=True).values()}
+    return frozenset(n for n, t in model.state_dict(keep_vars=True).items() if id(t) not in kept)
 
 
 def _shapes_inside(gm: fx.GraphModule, example: Inputs) -> dict[str, list[tuple[Tensor, Tensor]]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.core.affine import MIN_SCALE
 from lowbit.core.qtensor import QTensor
-from lowbit.core.spec import Granularity, PerChannel, PerGroup, QuantSpec
+from lowbit.core.spec import Granularity, PerChannel, PerGroup, QuantSpec, expand_to
 from lowbit.nn.quantizer import Quantizer
 from lowbit.registry import Registry
 
@@ -109,12 +109,12 @@ class QLayer(nn.Module):
             return 0
         before, spec = self.qweight(), quantizer.spec
         size = torch.where(factor == 0, 1.0, factor.abs())
-        scale = (before.scale * size).clamp(min=MIN_SCALE)
+        scale = (self._of_each_channel(before.scale) * size).clamp(min=MIN_SCALE)
         if tuple(scale.shape) != spec.scale_shape(self.weight.shape):
             quantizer.spec = spec = replace(spec, granularity=_granularity_of(scale, self.channel_axis))
         flipped = factor < 0
         if before.zero_point is not None:
-            zero = before.zero_point.expand(scale.shape)
+            zero = self._of_each_channel(before.zero_point).expand(scale.shape)
             quantizer.zero_point = torch.where(flipped, spec.qmin + spec.qmax - zero, zero)
         quantizer.scale = scale
         self.weight = nn.Parameter(before.dequantize() * factor)
@@ -122,6 +122,12 @@ class QLayer(nn.Module):
         opposite = -codes if before.zero_point is None else spec.qmin + spec.qmax - codes
         want = torch.where(flipped, opposite, codes)
         return int(((self.qweight().codes.int() != want) & (factor != 0)).sum())
+
+    def _of_each_channel(self, scale: Tensor) -> Tensor:
+        """A scale that groups of output channels share, repeated for each of them."""
+        shape = list(scale.shape)
+        shape[self.channel_axis] = self.weight.shape[self.channel_axis]
+        return expand_to(scale, shape)
 
     def freeze(self, codes: Tensor | None = None) -> None:
         """Keep the codes (by default those of the latent weight) and let the latent weight go."""
@@ -135,7 +141,7 @@ class QLayer(nn.Module):
 def _granularity_of(scale: Tensor, channel_axis: int) -> Granularity:
     """One scale per output channel; or, where it varies with the input channel too, groups of one."""
     varies = [d for d, n in enumerate(scale.shape) if n > 1 and d != channel_axis]
-    return PerGroup(varies[0], 1) if varies else PerChannel(channel_axis)
+    return PerGroup(varies[0] or channel_axis, 1) if varies else PerChannel(channel_axis)
 
 
 @layers.register("Linear")

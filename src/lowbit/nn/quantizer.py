@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -116,6 +117,8 @@ class Quantizer(nn.Module):
         assert scale is not None
         self.scale, self.zero_point = scale, zero_point if zero_point is None else zero_point.int()
         self.reach = None
+        # the layer holds its weight as it was reshaped
+        self.estimator = replace(self.estimator, reshape=None)
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point as the forward pass uses them.
@@ -124,14 +127,14 @@ class Quantizer(nn.Module):
         be a power of two is rounded up to one, and its gradient passes straight through.
         """
         scale, zero_point = self.scale, self.zero_point
+        # through .data, for a layer called twice has saved the scale for its backward pass; doing this again
+        # changes nothing
         if isinstance(scale, nn.Parameter):
-            with torch.no_grad():
-                scale.abs_().clamp_(min=MIN_SCALE)
+            scale.data.abs_().clamp_(min=MIN_SCALE)
         if self.spec.scale == "pow2":
             scale = scale + (power_of_two(scale) - scale).detach()
         if isinstance(zero_point, nn.Parameter):
-            with torch.no_grad():
-                zero_point.clamp_(self.spec.qmin, self.spec.qmax)
+            zero_point.data.clamp_(self.spec.qmin, self.spec.qmax)
             zero_point = zero_point + (zero_point.round() - zero_point).detach()
         return scale, zero_point
 

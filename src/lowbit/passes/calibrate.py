@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data.distributed import DistributedSampler
 
+from lowbit import distributed
 from lowbit.core.affine import check_finite, group_amin_amax
 from lowbit.core.ranges import least_error_range_of
 from lowbit.errors import LowbitError
@@ -59,8 +62,13 @@ def calibrate_weights(model: nn.Module) -> None:
         quantizer.mode = "quantize"
 
 
-def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None = None) -> list[str]:
+def calibrate_activations(
+    model: nn.Module, data: Any, num_batches: int | None = None, *, over_ranks: bool = False
+) -> list[str]:
     """Stream the data once through the float model and set every activation quantizer from what it saw.
+
+    Args:
+        over_ranks: every rank of the process group calls this, and runs its share of the batches.
 
     Returns:
         Paths of the quantizers that no data reached; they stay off.
@@ -84,8 +92,11 @@ def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None =
     for quantizer in activations.values():
         quantizer.mode = "observe"
     count = samples = 0
+    mine = _share(data, num_batches) if over_ranks else None
     with torch.inference_mode():
-        for inputs in track(batches(data, num_batches), "calibrating"):
+        for i, inputs in enumerate(track(batches(data, num_batches), "calibrating")):
+            if mine is not None and i not in mine:
+                continue
             try:
                 inputs.call(model)
             except LowbitError as error:
@@ -95,10 +106,13 @@ def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None =
                     if m.observer is not None and m.observer.batches <= count
                 ]
                 raise LowbitError(
-                    f"'{behind[0]}', batch {count}: {error}" if behind else str(error)
+                    f"'{behind[0]}', batch {i}: {error}" if behind else str(error)
                 ) from None
             count += 1
             samples += inputs.batch_size
+    if mine is not None:
+        distributed.merge_observers({n: m.observer for n, m in activations.items() if m.observer is not None})
+        samples = round(distributed.add_over_ranks([samples])[0])
     if not samples:
         raise LowbitError(
             "the calibration data holds no batch with a sample; pass at least one (100 samples are wise)"
@@ -106,3 +120,17 @@ def calibrate_activations(model: nn.Module, data: Any, num_batches: int | None =
     for quantizer, mode in modes:
         quantizer.mode = mode
     return [name for name, quantizer in activations.items() if not quantizer.finish_observing()]
+
+
+def _share(data: Any, num_batches: int | None) -> Container[int] | None:
+    """Numbers of the batches that this rank runs; None for all, without merging: every rank sees the same."""
+    if distributed.world() == 1:
+        return None
+    samplers = (getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+    if any(isinstance(s, DistributedSampler) for s in samplers):
+        return range(sys.maxsize)
+    try:
+        total = 1 if isinstance(data, (torch.Tensor, dict)) else len(data)
+    except TypeError:
+        return None
+    return distributed.share(total if num_batches is None else min(total, num_batches))

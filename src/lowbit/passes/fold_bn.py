@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -30,10 +32,13 @@ def fold_bn(gm: fx.GraphModule) -> list[tuple[str, str]]:
     return kept
 
 
-def fold_later(gm: fx.GraphModule) -> list[tuple[str, str]]:
+def fold_later(gm: fx.GraphModule, now: Collection[str] = ()) -> list[tuple[str, str]]:
     """Mark each BatchNorm for `fold_quantized`; until then it is part of the layer before it.
 
     That of a grouped transposed convolution is folded now: its channels share scales across groups.
+
+    Args:
+        now: names of other layers whose BatchNorm is folded now.
 
     Returns:
         (name, reason) of each BatchNorm that stays for good.
@@ -42,7 +47,8 @@ def fold_later(gm: fx.GraphModule) -> list[tuple[str, str]]:
     gm.meta.setdefault("statistics", {})
     for node in foldable:
         layer = module_of(node.args[0])
-        if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
+        shared = isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1
+        if shared or node.args[0].meta["name"] in now:
             _fold(gm, node)
         else:
             node.meta["folded_later"] = True

@@ -11,6 +11,7 @@ from lowbit.core.spec import PerChannel, PerGroup, QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.graph.match import (
     hidden_layers,
+    is_folded_later,
     operations,
     path_name,
     quantizer_of,
@@ -93,7 +94,7 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
         if asked is not None and asked.weight is not None and kind is not None:
             swap(gm, path, _quantized(layer, kind, asked, name))
     for node, rule in wanted.items():
-        insert_after(gm, node, f"{QUANTIZERS}.{node.name}", _activation_quantizer(rule))
+        insert_after(gm, node, _path_behind(node), _activation_quantizer(rule))
     _narrow(gm, rules)
     for path, layer in [found for leaf in gm.meta["leaves"] for found in hidden_layers(gm, leaf)]:
         _bind(gm, path, layer, rules)
@@ -111,10 +112,17 @@ def _narrow(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> None:
                 continue
             key = operand, _bits(rule)
             if key not in made:
-                name = operand.args[0].name if kind_of(operand) == "quantizer" else operand.name
-                path = f"{QUANTIZERS}.{name}_{key[1]}_bits"
+                made_by = operand.args[0] if kind_of(operand) == "quantizer" else operand
+                path = f"{_path_behind(made_by)}_{key[1]}_bits"
                 made[key] = insert_after(gm, operand, path, _activation_quantizer(rule), readers=[])
             node.replace_input_with(operand, made[key])
+
+
+def _path_behind(node: fx.Node) -> str:
+    """Where the quantizer behind a node is kept: of the same name before and after BatchNorm is folded."""
+    layer = node.args[0] if is_folded_later(node) else node
+    assert isinstance(layer, fx.Node)
+    return f"{QUANTIZERS}.{layer.name}"
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

@@ -1,0 +1,1 @@
+"""Pieces of training that `lowbit.qat` puts together. None knows the loop."""
