@@ -21,14 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowbit.demo import DemoResNet, load_images
-from lowbit.demo.data import IMAGES, normalize, read_idx
+from lowbit.demo.data import IMAGES, augment, normalize, read_idx
 
 BATCH = 128
 LEARNING_RATE = 0.1
 WEIGHT_DECAY = 5e-4
 LABEL_SMOOTHING = 0.05
-# The largest shift in pixels, in each direction.
-SHIFT = 2
 
 
 def training_images(folder: Path) -> tuple[Tensor, Tensor, str]:
@@ -40,20 +38,6 @@ def training_images(folder: Path) -> tuple[Tensor, Tensor, str]:
     with np.load(IMAGES) as archive:
         x, y = torch.from_numpy(archive["x_train"]), torch.from_numpy(archive["y_train"]).long()
     return x, y, f"shipped training images, for {folder} has no {images.name}: expect a lower accuracy"
-
-
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip half of the images left to right and shift each by up to SHIFT pixels.
-
-    Shapes: x [N, 28, 28] uint8, with 0 for black -> the same; what a shift uncovers is black.
-    """
-    count, height, width = x.shape
-    flipped = torch.rand(count, 1, 1, generator=generator) < 0.5
-    x = nn.functional.pad(torch.where(flipped, x.flip(2), x), [SHIFT] * 4)
-    top, left = torch.randint(0, 2 * SHIFT + 1, (2, count, 1), generator=generator)
-    rows = (top + torch.arange(height))[:, :, None]
-    columns = (left + torch.arange(width))[:, None, :]
-    return x[torch.arange(count)[:, None, None], rows, columns]
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 import lowbit
 from lowbit.cli import main
 from lowbit.cli_inputs import load_data, load_model
+from lowbit.core.observers import observers
 
 MODEL = """
 import torch
@@ -62,6 +65,7 @@ class Place:
         self.x = rng.standard_normal((48, 1, 6, 6))
         labels = np.zeros(48, np.int64)
         np.savez(folder / "data.npz", x=self.x, y=labels)
+        np.savez(folder / "numbered.npz", x=self.x, y=np.arange(48))
         np.savez(folder / "no_x.npz", images=self.x)
         np.savez(folder / "short.npz", x=self.x, y=labels[:5])
         np.savez(folder / "bytes.npz", x=self.x.astype(np.uint8))
@@ -202,6 +206,27 @@ def test_inspect_counts_every_byte(
     assert (found["recipe"] is not None) == file.endswith("safetensors")
 
 
+def test_inspect_env_says_what_lowbit_runs_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--env", "--json"]) == 0
+    found = answer(capsys)
+    assert found["kernels"] == lowbit.kernels.description()
+    assert (found["torch"], found["threads"]) == (torch.__version__, torch.get_num_threads())
+    assert found["packages"]["onnx"] == onnx.__version__
+    assert main(["inspect", "--env"]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in (found["kernels"], found["torch"], onnx.__version__))
+
+
+def test_inspect_env_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        importlib.metadata, "version", Mock(side_effect=importlib.metadata.PackageNotFoundError)
+    )
+    assert main(["inspect", "--env", "--json"]) == 0
+    assert set(answer(capsys)["packages"].values()) == {None}
+
+
 def test_the_script_runs_as_a_process(place: Place) -> None:
     command = [sys.executable, "-m", "lowbit.cli", "inspect", "m.safetensors", "--json"]
     done = subprocess.run(
@@ -213,7 +238,9 @@ def test_the_script_runs_as_a_process(place: Place) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("demo", "quantize", "export", "verify", "bench", "inspect"))
+    assert all(
+        name in shown for name in ("demo", "quantize", "train", "export", "verify", "bench", "inspect")
+    )
 
 
 def test_weights_are_loaded_before_quantizing(place: Place) -> None:
@@ -221,6 +248,22 @@ def test_weights_are_loaded_before_quantizing(place: Place) -> None:
     save_file(model.state_dict(), place.path("w.safetensors"))
     loaded = load_model(f"{place.folder}/net.py:net", place.path("w.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_shuffled_arrays_follow_the_global_generator_and_drop_the_rest(place: Place) -> None:
+    data = load_data(place.path("numbered.npz"), batch_size=20, shuffled=True)
+    torch.manual_seed(3)
+    first, second = ([y for _, y in data] for _ in range(2))
+    torch.manual_seed(3)
+    again = list(data)
+    assert [len(y) for y in first] == [20, 20]
+    assert len(set(torch.cat(first).tolist())) == 40
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    assert torch.equal(torch.cat([y for _, y in again]), torch.cat(first))
+    x, y = again[0]
+    assert torch.equal(x, torch.from_numpy(place.x).float()[y])
+    whole = list(load_data(place.path("numbered.npz"), batch_size=100, shuffled=True))
+    assert [len(y) for _, y in whole] == [48]
 
 
 def test_arrays_come_in_batches_as_float32(place: Place) -> None:
@@ -288,6 +331,8 @@ BAD = {
     "bench runtime near": (["bench", "m.onnx", "--runtime", "onnxruntim"], "did you mean 'onnxruntime'?"),
     "bench wrong shape": (["bench", "m.onnx", "--input-shape", "1,2,6,6"], "does not run in onnxruntime"),
     "inspect other file": (["inspect", "net.py"], "neither a .safetensors nor an .onnx"),
+    "inspect nothing": (["inspect"], "a FILE or, with --env,"),
+    "inspect both": (["inspect", "m.onnx", "--env"], "one of the two"),
     "inspect torn": (["inspect", "torn.onnx"], "is not a readable ONNX file"),
 }  # fmt: skip
 
@@ -353,7 +398,7 @@ def test_demo_on_a_few_images(tmp_path: Path, said: tuple[list[str], Callable[[s
     }
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(record))
-    assert len(record["scores"]) == 2 * len(lowbit.observers.names())
+    assert len(record["scores"]) == 2 * len(observers.names())
     assert all(parity["exact"] for parity in record["parity"].values())
     assert min(score["accuracy"] for score in record["scores"]) > 0.8
     assert record["bytes"]["w4a8.onnx"] < record["bytes"]["w8a8.onnx"] < record["bytes"]["float.onnx"]

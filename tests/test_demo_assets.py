@@ -13,7 +13,7 @@ import torch
 
 import lowbit.demo
 from lowbit.demo import DemoResNet, load_images, load_network
-from lowbit.demo.data import IMAGES, read_idx
+from lowbit.demo.data import IMAGES, TrainingImages, augment, read_idx
 from lowbit.demo.network import WEIGHTS
 from lowbit.errors import LowbitError
 
@@ -58,6 +58,39 @@ def test_shipped_images_are_the_first_of_the_originals(split: str, prefix: str) 
     assert shipped_x.dtype == shipped_y.dtype == np.uint8
     assert np.array_equal(shipped_x, x[: len(shipped_x)].numpy())
     assert np.array_equal(shipped_y, y[: len(shipped_y)].numpy())
+
+
+def test_training_images_come_shuffled_flipped_and_shifted() -> None:
+    data = TrainingImages(1000)
+    torch.manual_seed(1)
+    epochs = [list(data), list(data)]
+    torch.manual_seed(1)
+    assert all(torch.equal(x, again) for (x, _), (again, _) in zip(epochs[0], data, strict=True))
+    assert len(data) == len(epochs[0]) == 10
+    labels = [torch.cat([y for _, y in epoch]) for epoch in epochs]
+    assert not torch.equal(*labels)
+    assert all(torch.equal(y.sort().values, load_images("train")[1].sort().values) for y in labels)
+
+
+def test_an_augmented_image_is_one_of_fifty() -> None:
+    x = torch.randint(1, 256, (40, 28, 28)).byte()
+    found = augment(x, torch.Generator().manual_seed(2))
+    seen = set()
+    for image, made in zip(x, found, strict=True):
+        ways = {}
+        for flip in (False, True):
+            padded = torch.nn.functional.pad(image.flip(1) if flip else image, [2] * 4)
+            ways |= {(flip, i, j): padded[i : i + 28, j : j + 28] for i in range(5) for j in range(5)}
+        seen |= {way for way, wanted in ways.items() if torch.equal(wanted, made)}
+    assert len(seen) > 20  # of 40 draws from 50; an image that is none of its fifty adds nothing
+    assert {flip for flip, _, _ in seen} == {False, True}
+    assert {i for _, i, _ in seen} == {j for _, _, j in seen} == set(range(5))
+
+
+@pytest.mark.parametrize("size", [0, 10_001])
+def test_a_batch_of_no_image_is_refused(size: int) -> None:
+    with pytest.raises(LowbitError, match=f"{size} is not from 1 to 10000"):
+        TrainingImages(size)
 
 
 def test_idx_reader_reads_the_header_and_refuses_a_wrong_one(tmp_path: Path) -> None:

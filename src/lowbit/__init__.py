@@ -3,12 +3,12 @@
 from lowbit import export
 from lowbit.advise import advise
 from lowbit.compare import compare
-from lowbit.core.observers import observers
 from lowbit.core.qtensor import QTensor, quantization_error
 from lowbit.core.spec import FP16, INT4, INT8, UINT8, PerChannel, PerGroup, PerTensor, QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.export.checkpoint import load, save
 from lowbit.ptq import calibrate, freeze, prepare, quantize
+from lowbit.qat import Trainer
 from lowbit.recipe import Recipe, Rule, preset
 from lowbit.verify import verify
 
@@ -25,13 +25,13 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Rule",
+    "Trainer",
     "advise",
     "calibrate",
     "compare",
     "export",
     "freeze",
     "load",
-    "observers",
     "prepare",
     "preset",
     "quantization_error",

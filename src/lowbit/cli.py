@@ -1,27 +1,37 @@
-"""The command line: `lowbit demo | quantize | export | verify | bench | inspect`.
+"""The command line: `lowbit demo | quantize | train | export | verify | bench | inspect`.
 
 Thin: it reads names, calls the library, prints. Text or, with --json, one JSON object goes to stdout;
-progress and whatever a model prints go to stderr. The exit code is 0, or 1 when `verify` finds codes that
-differ, or 2 with one line `error: ...` when the input is bad.
+progress and whatever a model prints go to stderr. The exit code is 0, or 1 when an exported file is another
+model, or 2 with one line `error: ...` when the input is bad, or 130 when the user stops it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import torch
 import typer
 import yaml
 
 import lowbit
-from lowbit import cli_inputs
+from lowbit import cli_inputs, cli_train
+from lowbit.cli_options import (
+    BatchSize,
+    Checkpoint,
+    Data,
+    Json,
+    Model,
+    ModelOption,
+    NumBatches,
+    OptionalData,
+    Shape,
+    Weights,
+)
+from lowbit.cli_output import Answer, answering
 from lowbit.errors import LowbitError
 from lowbit.tables import text_table
 
@@ -35,19 +45,6 @@ app = typer.Typer(
 )
 # click's class, or the copy of it inside newer typers
 USAGE_ERROR: Any = typer.BadParameter.__base__
-
-MODEL_HELP = "module:callable or file.py:callable; called without arguments it returns the nn.Module"
-DATA_HELP = ".npz, .npy or .safetensors with x (and y), or module:callable that returns batches"
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a file that quantize wrote")]
-Weights = Annotated[str | None, typer.Option(metavar="FILE.safetensors", help="state dict of the model")]
-Data = Annotated[str, typer.Option(metavar="DATA", help=DATA_HELP)]
-OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=DATA_HELP)]
-NumBatches = Annotated[int | None, typer.Option(min=1, help="use only so many batches")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a batch of an array file [64]")]
-Shape = Annotated[str | None, typer.Option(metavar="N,C,H,W", help="shape of the input")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,45 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = f"this needs the package {error.name}; install lowbit[{EXTRAS[error.name]}]"
     except (LowbitError, OSError) as error:
         reason = str(error)
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped", file=sys.stderr)
+        return 130
     print("error:", " ".join(reason.split()), file=sys.stderr)
     return 2
 
 
-EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
-
-
-@dataclass
-class Answer:
-    """What a command says: text as it goes, or one record at the end."""
-
-    out: TextIO
-    as_json: bool
-    record: dict[str, Any] = field(default_factory=dict)
-
-    def say(self, text: object = "") -> None:
-        if not self.as_json:
-            print(text, file=self.out, flush=True)
-
-
-@contextlib.contextmanager
-def answering(as_json: bool) -> Iterator[Answer]:
-    """Keep stdout for the answer: what models and runtimes print goes to stderr."""
-    answer = Answer(sys.stdout, as_json)
-    with contextlib.redirect_stdout(sys.stderr):
-        yield answer
-    if as_json:
-        print(json.dumps(plain(answer.record), allow_nan=False))
-
-
-def plain(value: Any) -> Any:
-    """Data that JSON holds: of numbers only finite ones."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+# package: the extra of lowbit that brings it
+EXTRAS = {
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    "openvino": "openvino",
+    "tensorboardX": "train",
+}
 
 
 @app.command()
@@ -258,18 +229,34 @@ def bench(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="a checkpoint, or any ONNX file")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="a checkpoint, or any ONNX file")
+    ] = None,
+    env: Annotated[
+        bool, typer.Option("--env", help="versions, kernels and processor of this machine")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Bytes and bits of each layer, and the recipe."""
+    """Bytes and bits of each layer of a file, and its recipe; or, with --env, what lowbit runs on here."""
     from lowbit.contents import contents
+    from lowbit.environment import environment
 
+    if (file is None) != env:
+        raise LowbitError("inspect looks at a FILE or, with --env, at this machine; give one of the two")
     with answering(as_json) as answer:
+        if file is None:
+            machine = environment()
+            answer.say(machine)
+            answer.record |= asdict(machine)
+            return
         found = contents(cli_inputs.existing(file, "file"))
         answer.say(found)
         if found.recipe is not None:
             answer.say("\n" + yaml.safe_dump(found.recipe, sort_keys=False, default_flow_style=None))
         answer.record |= asdict(found)
+
+
+app.command()(cli_train.train)
 
 
 if __name__ == "__main__":

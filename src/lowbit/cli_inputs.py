@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError, near_miss
 
-__all__ = ["ArrayData", "existing", "load_data", "load_model", "writable"]
+__all__ = ["ArrayData", "ShuffledData", "existing", "load_data", "load_model", "writable"]
 
 ARRAYS = (".npz", ".npy", ".safetensors")
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
@@ -44,9 +44,27 @@ class ArrayData:
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self.x), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            x = _tensor(self.x[part])
-            yield x if self.y is None else (x, _tensor(self.y[part]))
+            yield self._batch(slice(start, start + self.batch_size))
+
+    def _batch(self, part: Any) -> Any:
+        x = _tensor(self.x[part])
+        return x if self.y is None else (x, _tensor(self.y[part]))
+
+
+class ShuffledData(ArrayData):
+    """The same in another order each time, drawn from PyTorch's global generator as a DataLoader draws it.
+
+    A short batch at the end is left out unless it is the only one: BatchNorm would see few samples there, and
+    in the next epoch others fall off.
+    """
+
+    def __len__(self) -> int:
+        return max(1, len(self.x) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(len(self.x)).numpy()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield self._batch(order[start : start + self.batch_size])
 
 
 def load_model(name: str, weights: str | Path | None = None) -> nn.Module:
@@ -68,33 +86,45 @@ def load_model(name: str, weights: str | Path | None = None) -> nn.Module:
     return found.eval()
 
 
-def load_data(name: str, batch_size: int | None = None, num_batches: int | None = None) -> Iterable[Any]:
+def load_data(
+    name: str,
+    batch_size: int | None = None,
+    num_batches: int | None = None,
+    *,
+    option: str = "--data",
+    shuffled: bool = False,
+) -> Iterable[Any]:
     """Batches from an array file (`x`, and labels `y` where they are), or from `module:callable`.
 
     Args:
         batch_size: samples in one batch of an array file, 64 by default.
         num_batches: how many of the batches that a callable makes are kept, when they come from an iterator.
+        option: what the user gave the name to; errors say it.
+        shuffled: an array file comes in another order each time; a callable decides for itself.
 
     Raises:
         LowbitError: the file is missing, unreadable, a pickle, or has no x; the callable gives no batches.
     """
     path = Path(name)
+    if batch_size is not None and batch_size < 1:
+        raise LowbitError(f"--batch-size {batch_size} is not positive; use 1 or more")
     if path.suffix in PICKLES:
         raise LowbitError(
-            f"--data '{name}' is a pickle, which can run any code when it is read; "
+            f"{option} '{name}' is a pickle, which can run any code when it is read; "
             "save the array x (and y) with numpy.savez"
         )
     if path.suffix in ARRAYS:
-        return _read_arrays(existing(path, "--data"), 64 if batch_size is None else batch_size)
+        kind = ShuffledData if shuffled else ArrayData
+        return kind(*_read_arrays(existing(path, option), option), 64 if batch_size is None else batch_size)
     if ":" not in name:
-        raise LowbitError(f"--data '{name}' is neither one of {', '.join(ARRAYS)} nor module:callable")
+        raise LowbitError(f"{option} '{name}' is neither one of {', '.join(ARRAYS)} nor module:callable")
     if batch_size is not None:
-        raise LowbitError(f"--data '{name}' makes its own batches; --batch-size is for array files")
-    data = _call(name, "--data")
+        raise LowbitError(f"{option} '{name}' makes its own batches; --batch-size is for array files")
+    data = _call(name, option)
     if isinstance(data, Iterator):
         return list(itertools.islice(data, num_batches))
     if not isinstance(data, Iterable):
-        raise LowbitError(f"--data '{name}' is a {type(data).__name__}; it must be an iterable of batches")
+        raise LowbitError(f"{option} '{name}' is a {type(data).__name__}; it must be an iterable of batches")
     return data
 
 
@@ -228,32 +258,31 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise LowbitError(f"'{path}' is not a safetensors file: {error}") from None
 
 
-def _read_arrays(path: Path, batch_size: int) -> ArrayData:
-    if batch_size < 1:
-        raise LowbitError(f"--batch-size {batch_size} is not positive; use 1 or more")
-    arrays = _read_safetensors(path) if path.suffix == ".safetensors" else _read_numpy(path)
+def _read_arrays(path: Path, option: str) -> tuple[Any, Any | None]:
+    """x, and y where there are labels."""
+    arrays = _read_safetensors(path) if path.suffix == ".safetensors" else _read_numpy(path, option)
     if "x" not in arrays:
         names = ", ".join(arrays) or "none"
-        raise LowbitError(f"--data '{path}' has no array 'x' (it has {names}); name the inputs x")
+        raise LowbitError(f"{option} '{path}' has no array 'x' (it has {names}); name the inputs x")
     unknown = sorted(set(arrays) - {"x", "y"})
     if unknown:
-        raise LowbitError(f"--data '{path}' has an array '{unknown[0]}' beside x and y; leave it out")
+        raise LowbitError(f"{option} '{path}' has an array '{unknown[0]}' beside x and y; leave it out")
     x, y = arrays["x"], arrays.get("y")
     if x.ndim == 0 or len(x) == 0:
-        raise LowbitError(f"--data '{path}': x has shape {list(x.shape)}, so there is no sample")
+        raise LowbitError(f"{option} '{path}': x has shape {list(x.shape)}, so there is no sample")
     if x.dtype in (np.uint8, torch.uint8):
-        raise LowbitError(f"--data '{path}': x is uint8; store it as the model takes it, in float32")
+        raise LowbitError(f"{option} '{path}': x is uint8; store it as the model takes it, in float32")
     for name, array in arrays.items():
         if isinstance(array, np.ndarray) and array.dtype.kind not in "biuf":
             raise LowbitError(
-                f"--data '{path}': {name} holds {array.dtype}, not numbers; store it as float32"
+                f"{option} '{path}': {name} holds {array.dtype}, not numbers; store it as float32"
             )
     if y is not None and len(y) != len(x):
-        raise LowbitError(f"--data '{path}': {len(x)} samples in x, {len(y)} labels in y; they must agree")
-    return ArrayData(x, y, batch_size)
+        raise LowbitError(f"{option} '{path}': {len(x)} samples in x, {len(y)} labels in y; they must agree")
+    return x, y
 
 
-def _read_numpy(path: Path) -> dict[str, Any]:
+def _read_numpy(path: Path, option: str) -> dict[str, Any]:
     """Arrays by name; a lone array is x, left on disk until a batch of it is wanted."""
     try:
         if path.suffix == ".npy":
@@ -261,7 +290,7 @@ def _read_numpy(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # numpy, zipfile and zlib each have their own
-        raise LowbitError(f"--data '{path}' is not a readable {path.suffix} file: {_text(error)}") from None
+        raise LowbitError(f"{option} '{path}' is not a readable {path.suffix} file: {_text(error)}") from None
 
 
 def _tensor(values: Any) -> Tensor:

@@ -276,7 +276,7 @@ def preset(
     for training and folded at freeze.
 
     Args:
-        observer: how ranges of activations are chosen; see `lowbit.observers`.
+        observer: how ranges of activations are chosen; see `lowbit.core.observers`.
         weight_granularity: one scale per output channel, per tensor, or per group of that many inputs.
         estimator: gradient of rounding in training; see `lowbit.core.estimators`.
 

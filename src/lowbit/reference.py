@@ -162,12 +162,12 @@ def _layer(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
     of_weight = layer.weight_quantizer.scale
     if of_weight.shape[layer.channel_axis] != of_weight.numel():
         return None  # scales of another axis do not leave the sum
-    q, source = layer.qweight(), args[0]
+    q, source = layer.kernel_qweight(), args[0]
     weight = q.codes.double() - (0 if q.zero_point is None else expand_to(q.zero_point, q.codes.shape))
     x = source.centred.double()
     sums = F.linear(x, weight) if isinstance(layer, QLinear) else layer._conv_forward(x, weight, None)
     axis = sums.ndim - 1 if isinstance(layer, QLinear) else 1
-    scale = source.grid.scale * layer.weight_quantizer.scale.reshape(-1)
+    scale = source.grid.scale * q.scale.reshape(-1)
 
     def along(t: Tensor) -> Tensor:
         return t.reshape([-1 if d == axis else 1 for d in range(sums.ndim)])

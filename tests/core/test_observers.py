@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowbit import INT8, UINT8, LowbitError, PerChannel, PerGroup, QuantSpec, observers, quantization_error
-from lowbit.core.observers import HistogramObserver, Observer
+from lowbit import INT8, UINT8, LowbitError, PerChannel, PerGroup, QuantSpec, quantization_error
+from lowbit.core.observers import HistogramObserver, Observer, observers
 from lowbit.core.ranges import PERCENTILES
 
 NAMES = ("minmax", "moving_average", "percentile", "adaptive_percentile", "kl", "mse")

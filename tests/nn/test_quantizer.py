@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit import FP16, INT8, UINT8, LowbitError, PerChannel, QTensor, QuantSpec, observers
+from lowbit import FP16, INT8, UINT8, LowbitError, PerChannel, QTensor, QuantSpec
 from lowbit.core.affine import fake_quantize, group_amin_amax
 from lowbit.core.estimators import estimators
-from lowbit.core.observers import Observer
+from lowbit.core.observers import Observer, observers
 from lowbit.core.spec import PerTensor
 from lowbit.nn.quantizer import Quantizer
 

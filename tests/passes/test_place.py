@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import FP16, INT4, INT8, UINT8, LowbitError, PerChannel, PerGroup, QuantSpec, Recipe, Rule, preset
 from lowbit.core.affine import choose_qparams
+from lowbit.core.observers import observers
 from lowbit.graph.ops import kind_of, module_of
 from lowbit.nn.layers import BoundLayer, QLayer
 from lowbit.nn.quantizer import Quantizer
@@ -387,7 +388,7 @@ def test_both_quantizers_see_the_same_tensor() -> None:
     relu = F.relu(model.a(x)).detach()
     for bits, path in ((8, "relu"), (4, "relu_4_bits")):
         quantizer = q.graph.get_submodule(f"activation_quantizers.{path}")
-        alone = lowbit.observers.get("mse")(quantizer.spec)
+        alone = observers.get("mse")(quantizer.spec)
         alone.update(relu)
         assert torch.equal(quantizer.scale, choose_qparams(*alone.range(), quantizer.spec)[0])
         assert quantizer.spec.bits == bits

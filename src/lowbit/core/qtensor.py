@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,13 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """float32 tensor of the shape of the codes."""
         return dequantize(self.codes, self.scale, self.zero_point)
+
+    def widened(self, bits: int) -> QTensor:
+        """The same numbers in codes of `bits` bits: codes times 2^k, scale over 2^k."""
+        factor = 1 << max(0, bits - self.spec.bits)
+        zero = None if self.zero_point is None else self.zero_point * factor
+        spec = replace(self.spec, bits=max(bits, self.spec.bits))
+        return QTensor((self.codes.to(spec.dtype) * factor), self.scale / factor, zero, spec)
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.bench import time_files, timing_table
+from lowbit.core.observers import observers
 from lowbit.demo.data import load_images
 from lowbit.demo.network import load_network
 from lowbit.files import atomic_path
@@ -146,7 +147,7 @@ def _share(a: Tensor, b: Tensor) -> float:
 
 def _quantize_every_way(out: Path, size: Size) -> list[Score]:
     """Each preset with each way to choose ranges of activations, in as many processes as there are cores."""
-    ways = [(preset, observer) for preset in PRESETS for observer in lowbit.observers.names()]
+    ways = [(preset, observer) for preset in PRESETS for observer in observers.names()]
     workers = min(4, os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
@@ -190,7 +191,7 @@ def _introduction(network: nn.Module, data: _Data) -> str:
 def _score_table(scores: list[Score], right: float) -> str:
     default = lowbit.preset("w8a8").rules[0].observer
     rows = []
-    for name in lowbit.observers.names():
+    for name in observers.names():
         found = [s for preset in PRESETS for s in scores if (s.recipe, s.calibration) == (preset, name)]
         cells = [f"{100 * share:.2f} %" for s in found for share in (s.accuracy, s.agreement)]
         rows.append((f"{name} (default)" if name == default else name, *cells))

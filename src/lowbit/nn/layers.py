@@ -27,6 +27,7 @@ __all__ = [
     "QEmbedding",
     "QLayer",
     "QLinear",
+    "kernel_bits",
     "layers",
     "obstacle",
     "quantized_layer",
@@ -85,6 +86,15 @@ class QLayer(nn.Module):
         if self.frozen_spec.kind == "float":
             return QTensor(parts[0], torch.ones([1] * parts[0].ndim), None, self.frozen_spec)
         return QTensor(*parts, self.frozen_spec)
+
+    def kernel_qweight(self) -> QTensor:
+        """The weight as an integer kernel holds it: narrow codes times 2^k, up to KERNEL_BITS bits.
+
+        The numbers are those of `qweight`. The steps of the accumulator, input scale times weight scale, are
+        finer by 2^k, and with them the bias, which is rounded to such steps: worth a percent at 2 bits.
+        """
+        q = self.qweight()
+        return q if q.spec.kind == "float" else q.widened(kernel_bits(q.spec))
 
     def settle(self) -> None:
         """End training: the latent weight as it is rounded, without learned scales."""
@@ -226,6 +236,15 @@ class QEmbedding(QLayer, nn.Embedding):
         zero = None if table.zero_point is None else pick(table.zero_point)
         picked = replace(table, codes=table.codes[rows], scale=pick(table.scale), zero_point=zero)
         return picked.dequantize().reshape(*input.shape, self.embedding_dim)
+
+
+# Bytes hold 8 bits, but kernels without VNNI add two products of 8-bit codes in 16, which must not overflow.
+KERNEL_BITS = 7
+
+
+def kernel_bits(spec: QuantSpec) -> int:
+    """Width of the codes of a weight in an integer kernel."""
+    return max(spec.bits, KERNEL_BITS)
 
 
 def quantized_layer(kind: type[nn.Module]) -> type[QLayer] | None:

@@ -105,9 +105,7 @@ def calibrate_activations(
                     for n, m in activations.items()
                     if m.observer is not None and m.observer.batches <= count
                 ]
-                raise LowbitError(
-                    f"'{behind[0]}', batch {i}: {error}" if behind else str(error)
-                ) from None
+                raise LowbitError(f"'{behind[0]}', batch {i}: {error}" if behind else str(error)) from None
             count += 1
             samples += inputs.batch_size
     if mine is not None:

@@ -9,7 +9,7 @@ from lowbit.core.affine import power_of_two
 from lowbit.core.integer import bias_codes
 from lowbit.graph.match import calls, input_quantizer, layer_nodes
 from lowbit.graph.ops import module_of
-from lowbit.nn.layers import QLayer
+from lowbit.nn.layers import QLayer, kernel_bits
 
 __all__ = ["settle_biases"]
 
@@ -33,13 +33,15 @@ def settle_biases(gm: fx.GraphModule) -> None:
         quantizer, bias = layer.weight_quantizer, layer.bias.detach()
         if quantizer.spec.kind != "int" or source.spec.kind != "int" or source.scale.numel() != 1:
             continue
-        need = bias.abs() / (source.scale.reshape(()) * 2.0**30)
+        # steps of the accumulator, as fine as the kernel's codes allow
+        step = source.scale.reshape(()) / (1 << kernel_bits(quantizer.spec) - quantizer.spec.bits)
+        need = bias.abs() / (step * 2.0**30)
         if quantizer.spec.scale == "pow2":
             need = power_of_two(need)
         if quantizer.scale.numel() != bias.numel():
             quantizer.scale = torch.maximum(quantizer.scale, need.max())
         else:
             quantizer.scale = torch.maximum(quantizer.scale, need.reshape(quantizer.scale.shape))
-        scale = source.scale.reshape(()) * quantizer.scale.reshape(-1)
+        scale = step * quantizer.scale.reshape(-1)
         if counts[id(layer)] == 1 and scale.numel() in (1, bias.numel()):
             layer.bias = nn.Parameter(bias_codes(bias, scale) * scale)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowbit.core.integer import bias_codes
-from lowbit.core.qtensor import QTensor
 from lowbit.core.spec import PerChannel, PerGroup, QuantSpec, expand_to
 from lowbit.errors import LowbitError
 from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QEmbedding, QLayer, QLinear
@@ -34,7 +33,7 @@ __all__ = [
 # metadata key of the operator whose codes `verify` reads, and marks of initializers that become 4-bit
 # tensors: read as they are, or cast to int8 first, which integer kernels need and the runtime does once
 CODES = "lowbit.codes"
-NIBBLES, NIBBLES_CAST = "nibbles", "nibbles_cast"
+NIBBLES, NIBBLES_CAST = "nibbles", "nibbles_cast_"
 
 
 def op(
@@ -112,11 +111,16 @@ class Clamped(nn.Module):
 
 
 class _Weight(nn.Module):
-    """DequantizeLinear of constant codes, or Cast of constant half-precision numbers."""
+    """DequantizeLinear of constant codes, or Cast of constant half-precision numbers.
 
-    def __init__(self, q: QTensor, *, integer: bool, transpose: bool = False) -> None:
+    Codes of four bits and fewer are marked to be packed; with the mark goes the factor that makes them codes
+    of an integer kernel.
+    """
+
+    def __init__(self, layer: QLayer, *, integer: bool, transpose: bool = False) -> None:
         super().__init__()
-        codes, spec = q.codes, q.spec
+        q = layer.kernel_qweight() if integer else layer.qweight()
+        codes, spec, bits = q.codes, q.spec, layer.weight_quantizer.spec.bits
         self.attributes: dict[str, int] = {}
         self.is_half = spec.kind == "float"
         self.rows = codes.ndim
@@ -142,8 +146,8 @@ class _Weight(nn.Module):
             scale = scale.t() if scale.ndim == 2 else scale
             zero = zero.t() if zero is not None and zero.ndim == 2 else zero
         self.mark = "codes"
-        if not self.is_half and spec.bits <= 4:
-            self.mark = NIBBLES_CAST if integer else NIBBLES
+        if not self.is_half and bits <= 4:
+            self.mark = f"{NIBBLES_CAST}{1 << spec.bits - bits}" if integer else NIBBLES
         self.register_buffer(self.mark, codes.contiguous())
         if not self.is_half:
             self.register_buffer("scale", scale.contiguous().clone())
@@ -179,7 +183,7 @@ class _EmitLayer(nn.Module):
         super().__init__()
         self.gemm = isinstance(layer, QLinear) and rank == 2 and source is not None
         matmul = isinstance(layer, QLinear) and not self.gemm
-        self.weight = _Weight(layer.qweight(), integer=source is not None, transpose=matmul)
+        self.weight = _Weight(layer, integer=source is not None, transpose=matmul)
         self.bias: nn.Module | None = None
         if layer.bias is not None:
             self.bias = _FloatBias(layer.bias) if source is None else _Bias(*_integer_bias(layer, source))
@@ -268,11 +272,9 @@ def _has_accumulator(layer: QLayer, source: Quantizer) -> bool:
 def _integer_bias(layer: QLayer, source: Quantizer) -> tuple[Tensor, Tensor]:
     """Bias codes and their scale, that of the accumulator."""
     assert layer.bias is not None
-    weight = layer.weight_quantizer
-    scale = (
-        weight.scale.reshape(-1)
-        if isinstance(weight.spec.granularity, PerChannel)
-        else weight.scale.reshape(-1)[0]
-    )
+    weight = layer.kernel_qweight()
+    scale = weight.scale.reshape(-1)
+    if not isinstance(weight.spec.granularity, PerChannel):
+        scale = scale[0]
     scale = source.scale.reshape(()) * scale
     return bias_codes(layer.bias.detach(), scale), scale

@@ -228,26 +228,45 @@ def _strip(proto: onnx.ModelProto) -> None:
 def _pack_nibbles(proto: onnx.ModelProto) -> None:
     """Store marked int8 codes as 4-bit tensors; where an integer kernel reads them, behind a Cast to int8."""
     graph = proto.graph
-    casts = []
     for tensor in list(graph.initializer):
         mark = tensor.name.rsplit(".", 1)[-1]
-        if mark not in (NIBBLES, NIBBLES_CAST):
-            continue
         codes = onnx.numpy_helper.to_array(tensor)
-        kind = onnx.TensorProto.INT4 if codes.dtype == np.int8 else onnx.TensorProto.UINT4
-        name = tensor.name if mark == NIBBLES else f"{tensor.name}.packed"
-        if mark == NIBBLES_CAST:
-            wide = onnx.TensorProto.INT8 if codes.dtype == np.int8 else onnx.TensorProto.UINT8
-            casts.append(
-                onnx.helper.make_node("Cast", [name], [tensor.name], name=f"{tensor.name}.cast", to=wide)
-            )
-        packed = onnx.helper.make_tensor(name, kind, codes.shape, _nibbles(codes), raw=True)
-        graph.initializer.remove(tensor)
-        graph.initializer.append(packed)
+        signed = codes.dtype == np.int8
+        kind = onnx.TensorProto.INT4 if signed else onnx.TensorProto.UINT4
         if mark == NIBBLES:
+            packed = onnx.helper.make_tensor(tensor.name, kind, codes.shape, _nibbles(codes), raw=True)
+            _replace(graph, tensor, packed)
             _narrow_zero_point(graph, tensor.name, kind)
-    for cast in casts:
-        graph.node.insert(0, cast)
+        elif mark.startswith(NIBBLES_CAST):
+            factor = int(mark.removeprefix(NIBBLES_CAST))
+            name = f"{tensor.name}.packed"
+            packed = onnx.helper.make_tensor(name, kind, codes.shape, _nibbles(codes // factor), raw=True)
+            _replace(graph, tensor, packed)
+            for node in reversed(_unpacking(name, tensor, factor, graph)):
+                graph.node.insert(0, node)
+
+
+def _unpacking(
+    name: str, tensor: onnx.TensorProto, factor: int, graph: onnx.GraphProto
+) -> list[onnx.NodeProto]:
+    """From packed codes to the kernel's: Cast, and a product with the factor; folded at loading."""
+    target, wide = tensor.name, tensor.data_type
+    if factor == 1:
+        return [onnx.helper.make_node("Cast", [name], [target], name=f"{target}.cast", to=wide)]
+    times = f"lowbit.times_{factor}"
+    if all(known.name != times for known in graph.initializer):
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(factor, np.int32), times))
+    steps, int32 = (f"{target}.int32", f"{target}.product"), onnx.TensorProto.INT32
+    return [
+        onnx.helper.make_node("Cast", [name], [steps[0]], name=f"{target}.unpack", to=int32),
+        onnx.helper.make_node("Mul", [steps[0], times], [steps[1]], name=f"{target}.times"),
+        onnx.helper.make_node("Cast", [steps[1]], [target], name=f"{target}.cast", to=wide),
+    ]
+
+
+def _replace(graph: onnx.GraphProto, old: onnx.TensorProto, new: onnx.TensorProto) -> None:
+    graph.initializer.remove(old)
+    graph.initializer.append(new)
 
 
 def _narrow_zero_point(graph: onnx.GraphProto, codes: str, kind: int) -> None:
@@ -260,10 +279,8 @@ def _narrow_zero_point(graph: onnx.GraphProto, codes: str, kind: int) -> None:
     for tensor in list(graph.initializer):
         if tensor.name in names:
             zeros = onnx.numpy_helper.to_array(tensor)
-            graph.initializer.remove(tensor)
-            graph.initializer.append(
-                onnx.helper.make_tensor(tensor.name, kind, zeros.shape, _nibbles(zeros), raw=True)
-            )
+            packed = onnx.helper.make_tensor(tensor.name, kind, zeros.shape, _nibbles(zeros), raw=True)
+            _replace(graph, tensor, packed)
 
 
 def _nibbles(codes: np.ndarray[Any, Any]) -> bytes:
