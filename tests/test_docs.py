@@ -25,7 +25,7 @@ FENCE = re.compile(r"^(<!-- not run: .+ -->\n)?```(\w+)[^\n]*\n(.*?)^```$", re.M
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages(lowbit.__path__, "lowbit.")
-    if not info.name.endswith("__main__")
+    if not info.name.rpartition(".")[2].startswith("_")  # compiled libraries are no modules
 )
 
 

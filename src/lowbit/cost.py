@@ -73,7 +73,8 @@ def cost_of(gm: fx.GraphModule) -> Cost:
         rows.append(_layer_cost(name, layer, bits, calls, first=id(layer) not in seen))
         seen.add(id(layer))
     inside = {id(t) for m in gm.modules() if id(m) in seen for t in (*m.parameters(), *m.buffers())}
-    scales = {id(t) for m in gm.modules() if isinstance(m, Quantizer) for t in m.buffers()}
+    quantizers = [m for m in gm.modules() if isinstance(m, Quantizer)]
+    scales = {id(t) for m in quantizers for t in (*m.parameters(), *m.buffers())}
     others = {id(t): t for t in (*gm.parameters(), *gm.buffers()) if id(t) not in inside | scales}
     return Cost(tuple(rows), sum(t.numel() * t.element_size() for t in others.values()))
 

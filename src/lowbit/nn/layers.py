@@ -130,8 +130,7 @@ class QLayer(nn.Module):
         self.weight = nn.Parameter(before.dequantize() * factor)
         codes = before.codes.int()
         opposite = -codes if before.zero_point is None else spec.qmin + spec.qmax - codes
-        want = torch.where(flipped, opposite, codes)
-        return int(((self.qweight().codes.int() != want) & (factor != 0)).sum())
+        return int(((self.qweight().codes.int() != opposite) & flipped).sum())
 
     def _of_each_channel(self, scale: Tensor) -> Tensor:
         """A scale that groups of output channels share, repeated for each of them."""
