@@ -162,7 +162,8 @@ def _layer(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
     of_weight = layer.weight_quantizer.scale
     if of_weight.shape[layer.channel_axis] != of_weight.numel():
         return None  # scales of another axis do not leave the sum
-    q, source = layer.kernel_qweight(), args[0]
+    source = args[0]
+    q = layer.kernel_qweight(source.grid.spec)
     weight = q.codes.double() - (0 if q.zero_point is None else expand_to(q.zero_point, q.codes.shape))
     x = source.centred.double()
     sums = F.linear(x, weight) if isinstance(layer, QLinear) else layer._conv_forward(x, weight, None)

@@ -87,14 +87,10 @@ class QLayer(nn.Module):
             return QTensor(parts[0], torch.ones([1] * parts[0].ndim), None, self.frozen_spec)
         return QTensor(*parts, self.frozen_spec)
 
-    def kernel_qweight(self) -> QTensor:
-        """The weight as an integer kernel holds it: narrow codes times 2^k, up to KERNEL_BITS bits.
-
-        The numbers are those of `qweight`. The steps of the accumulator, input scale times weight scale, are
-        finer by 2^k, and with them the bias, which is rounded to such steps: worth a percent at 2 bits.
-        """
+    def kernel_qweight(self, source: QuantSpec) -> QTensor:
+        """The weight as an integer kernel on inputs of that spec holds it: see `kernel_bits`."""
         q = self.qweight()
-        return q if q.spec.kind == "float" else q.widened(kernel_bits(q.spec))
+        return q if q.spec.kind == "float" else q.widened(kernel_bits(q.spec, source))
 
     def settle(self) -> None:
         """End training: the latent weight as it is rounded, without learned scales."""
@@ -237,13 +233,17 @@ class QEmbedding(QLayer, nn.Embedding):
         return picked.dequantize().reshape(*input.shape, self.embedding_dim)
 
 
-# Bytes hold 8 bits, but kernels without VNNI add two products of 8-bit codes in 16, which must not overflow.
+# Bytes hold 8 bits, but kernels without VNNI add two products in 16 bits, which must not overflow.
 KERNEL_BITS = 7
 
 
-def kernel_bits(spec: QuantSpec) -> int:
-    """Width of the codes of a weight in an integer kernel."""
-    return max(spec.bits, KERNEL_BITS)
+def kernel_bits(weight: QuantSpec, source: QuantSpec) -> int:
+    """Width of the codes of a weight in an integer kernel; on inputs below 8 bits it uses the whole byte.
+
+    The steps of the accumulator, input scale times weight scale, are then finer by 2^k, and with them the
+    bias, which is rounded to such steps: with 2 bits on both sides that is worth a percent.
+    """
+    return max(weight.bits, KERNEL_BITS) if source.bits < 8 else weight.bits
 
 
 def quantized_layer(kind: type[nn.Module]) -> type[QLayer] | None:

@@ -117,9 +117,10 @@ class _Weight(nn.Module):
     of an integer kernel.
     """
 
-    def __init__(self, layer: QLayer, *, integer: bool, transpose: bool = False) -> None:
+    def __init__(self, layer: QLayer, source: Quantizer | None, *, transpose: bool = False) -> None:
         super().__init__()
-        q = layer.kernel_qweight() if integer else layer.qweight()
+        integer = source is not None
+        q = layer.qweight() if source is None else layer.kernel_qweight(source.spec)
         codes, spec, bits = q.codes, q.spec, layer.weight_quantizer.spec.bits
         self.attributes: dict[str, int] = {}
         self.is_half = spec.kind == "float"
@@ -183,7 +184,7 @@ class _EmitLayer(nn.Module):
         super().__init__()
         self.gemm = isinstance(layer, QLinear) and rank == 2 and source is not None
         matmul = isinstance(layer, QLinear) and not self.gemm
-        self.weight = _Weight(layer, integer=source is not None, transpose=matmul)
+        self.weight = _Weight(layer, source, transpose=matmul)
         self.bias: nn.Module | None = None
         if layer.bias is not None:
             self.bias = _FloatBias(layer.bias) if source is None else _Bias(*_integer_bias(layer, source))
@@ -272,7 +273,7 @@ def _has_accumulator(layer: QLayer, source: Quantizer) -> bool:
 def _integer_bias(layer: QLayer, source: Quantizer) -> tuple[Tensor, Tensor]:
     """Bias codes and their scale, that of the accumulator."""
     assert layer.bias is not None
-    weight = layer.kernel_qweight()
+    weight = layer.kernel_qweight(source.spec)
     scale = weight.scale.reshape(-1)
     if not isinstance(weight.spec.granularity, PerChannel):
         scale = scale[0]
