@@ -57,6 +57,23 @@ def test_training_learns() -> None:
         assert torch.allclose(lowbit.freeze(q)(x), trained, atol=1e-2), "biases are rounded, codes stay"
 
 
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e6])
+def test_scales_of_any_magnitude_move_by_shares_of_themselves(magnitude: float) -> None:
+    """A rate that suits a scale of 0.1 would throw one of 0.0000001 across zero at each step."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    with torch.no_grad():
+        net[0].weight.mul_(magnitude)
+        net[4].weight.mul_(magnitude)
+    x = magnitude * torch.randn(64, 3, 8, 8)
+    q = lowbit.calibrate(lowbit.prepare(net.eval(), "w2a2", x), [x])
+    before = {n: m.scale.detach().clone() for n, m in q.named_modules() if isinstance(m, Quantizer)}
+    Trainer(q, [x[:32], x[32:]] * 10, teacher=net, loss=None).fit()
+    for name, module in q.named_modules():
+        if isinstance(module, Quantizer):
+            share = (module.scale.detach() / before[name]).mean()
+            assert 0.9 < share < 1.1, f"{name}: {share:.3g}"
+
+
 def test_one_seed_is_one_result_and_the_callers_generators_stay() -> None:
     held = []
     for seed in (0, 0, 1):

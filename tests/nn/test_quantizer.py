@@ -132,7 +132,8 @@ def test_what_is_learned_is_a_parameter(spec: QuantSpec, estimator: str) -> None
     quantizer = ready(spec, estimator)
     assert set(quantizer.learned) == set(dict(quantizer.named_parameters())) == want
     buffers = {n for n, _ in quantizer.named_buffers()}
-    assert buffers == ({"scale"} if spec.symmetric else {"scale", "zero_point"}) - want
+    fixed = {"scale"} if spec.symmetric else {"scale", "zero_point"}
+    assert buffers == fixed - want | ({"unit"} if want else set())
     before = quantizer(data())
     quantizer.learn()
     assert torch.equal(quantizer(data()), before), "twice is once"

@@ -44,15 +44,20 @@ def calibrated() -> Any:
 def test_only_weights_decay_and_scales_have_their_own_rate() -> None:
     q = calibrated()
     groups = {g["name"]: g for g in parameter_groups(q, 0.1, scale_lr=0.01, weight_decay=0.5)}
-    assert [(n, g["lr"], g["weight_decay"]) for n, g in groups.items()] == [
+    plain, scales = list(groups.values())[:2], list(groups.values())[2:]
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in plain] == [
         ("weights", 0.1, 0.5),
         ("biases and norms", 0.1, 0.0),
-        ("scales", 0.01, 0.0),
     ]
     names = {id(p): n for n, p in q.named_parameters()}
-    assert {names[id(p)].rpartition(".")[2] for p in groups["scales"]["params"]} == {"scale"}
+    assert {names[id(p)].rpartition(".")[2] for g in scales for p in g["params"]} == {"scale"}
     owners = [m for m in q.modules() if isinstance(m, Quantizer) and m.learned]
-    assert len(groups["scales"]["params"]) == len(owners) > 4
+    assert sum(len(g["params"]) for g in scales) == len(owners) > 4
+    for group in scales:
+        assert group["weight_decay"] == 0.0
+        for scale in group["params"]:
+            share = group["lr"] / scale.detach().mean().item()
+            assert 0.01 / 1.5 < share < 0.01 * 1.5, "a step is as large beside every scale"
     assert all(p.ndim > 1 for p in groups["weights"]["params"])
     every = [id(p) for g in groups.values() for p in g["params"]]
     assert sorted(every) == sorted(names), "each once"

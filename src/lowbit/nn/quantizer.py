@@ -42,6 +42,8 @@ class Quantizer(nn.Module):
     # largest magnitude that the tensor has had of late, in the shape of the scale: what a scale that is not
     # learned follows; None before training
     reach: Tensor | None
+    # mean of the scale when it began to be trained: the size of its steps goes with it; None before
+    unit: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", None if spec.symmetric else torch.empty(0, dtype=torch.int32))
         self.register_buffer("reach", None)
+        self.register_buffer("unit", None)
 
     @property
     def ready(self) -> bool:
@@ -105,6 +108,8 @@ class Quantizer(nn.Module):
             if value is not None and not isinstance(value, nn.Parameter):
                 delattr(self, name)
                 setattr(self, name, nn.Parameter(value.float().clone()))
+        if self.learned and self.unit is None:
+            self.unit = self.scale.detach().mean()
 
     def settle(self) -> None:
         """End training: scale and zero point become buffers, with the values that the forward pass uses."""
@@ -116,7 +121,7 @@ class Quantizer(nn.Module):
             self.register_buffer(name, None)
         assert scale is not None
         self.scale, self.zero_point = scale, zero_point if zero_point is None else zero_point.int()
-        self.reach = None
+        self.reach = self.unit = None
         # the layer holds its weight as it was reshaped
         self.estimator = replace(self.estimator, reshape=None)
 
@@ -196,7 +201,7 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Take the scale that is there, of any shape; a float checkpoint has none, and this one stays."""
-        for name in ("scale", "zero_point", "reach"):
+        for name in ("scale", "zero_point", "reach", "unit"):
             value = state_dict.get(prefix + name)
             old = getattr(self, name)
             if value is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.nn.quantizer import Quantizer
@@ -21,28 +23,43 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable Parameters of a model as an optimizer takes them, each once.
 
-    Three groups, of which an empty one is left out: "weights", which decay; "biases and norms", everything
-    with fewer than two axes; "scales", the learned scales and zero points of quantizers. Decay would pull
-    scales and the gains of norms to zero, whatever the data say, so only weights have it.
+    Groups, of which an empty one is left out: "weights", which decay; "biases and norms", everything with
+    fewer than two axes; "zero points"; and "scales of 2^k", the learned scales near that size, whose rate is
+    `scale_lr` times 2^k: a step must be small beside the scale that it moves, and scales differ by orders of
+    magnitude. Decay would pull scales and the gains of norms to zero, whatever the data say, so only weights
+    have it.
 
     Args:
         q: a calibrated model; before `lowbit.calibrate` there are no learned scales.
-        scale_lr: learning rate of the last group; a tenth of `lr` when None.
+        scale_lr: learning rate of scales, relative to each, and of zero points, in codes; `lr` when None.
     """
-    scales = [p for m in q.modules() if isinstance(m, Quantizer) for p in m.parameters(recurse=False)]
-    taken = {id(p) for p in scales}
+    rate = lr if scale_lr is None else scale_lr
+    quantizers = [m for m in q.modules() if isinstance(m, Quantizer) and m.learned]
+    zero_points = [m.zero_point for m in quantizers if isinstance(m.zero_point, nn.Parameter)]
+    scales: dict[int, list[nn.Parameter]] = {}
+    for m in quantizers:
+        if isinstance(m.scale, nn.Parameter):
+            scales.setdefault(_exponent(m.unit), []).append(m.scale)
+    taken = {id(p) for p in chain(zero_points, *scales.values())}
     others = [p for p in q.parameters() if id(p) not in taken]
-    kinds = (
+    kinds: tuple[tuple[str, list[nn.Parameter], float, float], ...] = (
         ("weights", [p for p in others if p.ndim > 1], lr, weight_decay),
         ("biases and norms", [p for p in others if p.ndim <= 1], lr, 0.0),
-        ("scales", scales, lr / 10 if scale_lr is None else scale_lr, 0.0),
+        ("zero points", zero_points, rate, 0.0),
+        *((f"scales of 2^{k}", scales[k], rate * 2.0**k, 0.0) for k in sorted(scales)),
     )
     groups = []
-    for name, parameters, rate, decay in kinds:
+    for name, parameters, own, decay in kinds:
         kept = [p for p in parameters if p.requires_grad]
         if kept:
-            groups.append({"params": kept, "lr": rate, "weight_decay": decay, "name": name})
+            groups.append({"params": kept, "lr": own, "weight_decay": decay, "name": name})
     return groups
+
+
+def _exponent(unit: Tensor | None) -> int:
+    """The nearest power of two of a scale, as it was when training began: the same after a resume."""
+    assert unit is not None
+    return round(math.log2(unit.item()))
 
 
 def _default_lr(q: nn.Module, optimizer: object) -> float:

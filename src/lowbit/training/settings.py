@@ -62,7 +62,7 @@ class Settings:
     optimizer: str | Callable[[list[dict[str, Any]]], Any] = "adam"
     # None: 0.01 for "sgd"; else 1e-3 where the recipe has 3 bits or fewer, and 3e-4 where it has not
     lr: float | None = None
-    # learning rate of learned scales and zero points; None takes a tenth of `lr`
+    # of learned scales, relative to each, and of zero points, in codes; None takes `lr`
     scale_lr: float | None = None
     # of weights; never of scales, biases and norms
     weight_decay: float = 0.0
