@@ -96,7 +96,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     ),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
-OURS = ("scale", "zero_point")
+OURS = ("scale", "zero_point", "unit")
 
 
 @functools.cache
