@@ -209,7 +209,7 @@ class Quantizer(nn.Module):
             if isinstance(old, nn.Parameter):
                 old.data = value.detach().clone().to(old)
             else:
-                setattr(self, name, value.detach().clone())
+                setattr(self, name, value.detach().to(self.scale.device, copy=True))
 
     def extra_repr(self) -> str:
         return f"{self.spec}, {self.mode}"

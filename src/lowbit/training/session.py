@@ -128,7 +128,7 @@ class Session:
     def _calibrate(self) -> None:
         """Where nobody did."""
         layers = [m for m in self.q.modules() if isinstance(m, QLayer)]
-        if all(layer.weight_quantizer.ready for layer in layers):
+        if all(layer.weight_quantizer.mode == "quantize" for layer in layers):
             return
         data = [b.inputs for b in self.feed.first(self.settings.calibration_batches, -1)]
         self.q.eval()
