@@ -269,7 +269,7 @@ def preset(
     weight_granularity: Literal["channel", "tensor"] | int = "channel",
     estimator: str = "lsq",
 ) -> Recipe:
-    """A recipe by name: `w8a8`, `w4a8`, `w4a4`, ... any `w<bits>a<bits>`, `w8`, `w4` (weights alone), `fp16`.
+    """A recipe by name: `w8a8`, `w4a8`, `w4a4`, ... `w8`, `w4` (weights alone), widths from 2 to 8; `fp16`.
 
     Below 8 bits the first and the last layer keep 8-bit weights and inputs. Where activations have fewer than
     8 bits, these are the inputs of layers; sums, averages and the residual stream keep 8. BatchNorm is kept

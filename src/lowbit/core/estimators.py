@@ -223,7 +223,7 @@ def ewgs(at: Local) -> Gradients:
     """Element-wise gradient scaling: dL/dx = g (1 + d sign(g) (v - c)) inside, d = 0.02; dy/ds as in `lsq`.
 
     Lee, Kim, Ham 2021, "Network quantization with element-wise gradient scaling", eq. 3. An element is pushed
-    harder when the step asks it to move away from its code.
+    harder when the step carries it towards its code. Here v - c is in steps; the paper's range is 1.
     """
     pushed = at.g * (1 + EWGS_DELTA * torch.sign(at.g) * (at.v - at.c))
     return Gradients(at.within(pushed), lsq(at).scale)

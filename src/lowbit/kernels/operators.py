@@ -310,7 +310,8 @@ def fake_quantize_backward(
 
     gx = grad inside, else 0; gs = sum of grad (c - v) inside and of grad c elsewhere, where without
     `inside_scale` what is inside counts nothing; gz = sum of -grad s over what is not inside, or zeros
-    without `zero_point_grad`. Sums run in double; for a number of threads they are the same every time.
+    without `zero_point_grad`. Sums run in float over short blocks and in
+    double over these; for a number of threads and an instruction set they are the same every time.
 
     Raises:
         LowbitError: as `fake_quantize`, or a gradient of another shape.

@@ -233,15 +233,15 @@ class QEmbedding(QLayer, nn.Embedding):
         return picked.dequantize().reshape(*input.shape, self.embedding_dim)
 
 
-# Bytes hold 8 bits, but kernels without VNNI add two products in 16 bits, which must not overflow.
+# Bytes hold 8 bits, but kernels without VNNI add two products in 16, and signed inputs reach them shifted up.
 KERNEL_BITS = 7
 
 
 def kernel_bits(weight: QuantSpec, source: QuantSpec) -> int:
-    """Width of the codes of a weight in an integer kernel; on inputs below 8 bits it uses the whole byte.
+    """Width of the codes of a weight in an integer kernel; on inputs below 8 bits it uses KERNEL_BITS.
 
     The steps of the accumulator, input scale times weight scale, are then finer by 2^k, and with them the
-    bias, which is rounded to such steps: with 2 bits on both sides that is worth a percent.
+    bias, which is rounded to such steps: with 2 bits on both sides that is seen in the accuracy.
     """
     return max(weight.bits, KERNEL_BITS) if source.bits < 8 else weight.bits
 

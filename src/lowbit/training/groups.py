@@ -63,7 +63,7 @@ def _exponent(unit: Tensor | None) -> int:
 
 
 def _default_lr(q: nn.Module, optimizer: object) -> float:
-    """What `docs/benchmarks.md` found: the fewer bits, the further the weights must travel."""
+    """The fewer bits, the further the weights must travel."""
     if optimizer == "sgd":
         return 0.01
     bits = [m.spec.bits for m in q.modules() if isinstance(m, Quantizer)]

@@ -46,7 +46,7 @@ _NUMBERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to train. The defaults are those that `docs/benchmarks.md` measures."""
+    """How to train. The defaults are those that `benchmarks/qat.py` measures."""
 
     # passes over the training data
     epochs: int = 1
