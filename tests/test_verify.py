@@ -11,7 +11,7 @@ from tests.deployables import DEPLOYABLES, build
 from torch import nn
 
 import lowbit
-from lowbit import INT4, INT8, UINT8, PerGroup, PerTensor, QuantSpec, Recipe, Rule
+from lowbit import INT4, INT8, UINT8, PerGroup, PerTensor, QuantSpec, Recipe, Rule, runtime
 from lowbit.graph.inputs import Inputs
 from lowbit.reference import run_on_codes
 from lowbit.verify import Parity
@@ -124,11 +124,9 @@ def test_a_wrong_file_is_found_out(tmp_path: Path) -> None:
 
 
 def test_the_batch_is_dynamic(tmp_path: Path) -> None:
-    import onnxruntime
-
     model, data = build("pools")
     path = lowbit.export.onnx(lowbit.quantize(model, "w8a8", data), tmp_path / "m.onnx")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = runtime.session(path)
     for n in (1, 7):
         assert session.run(None, {"x": torch.randn(n, 3, 16, 16).numpy()})[0].shape == (n, 5)
 
@@ -159,16 +157,11 @@ def test_an_unfrozen_model_is_not_exported(tmp_path: Path) -> None:
 
 def test_no_float_kernel_is_left(tmp_path: Path) -> None:
     """The graph that ONNX Runtime really runs, for a residual network."""
-    import onnxruntime
-
     from lowbit.demo import load_images, load_network
 
     x = load_images("train")[0][:64]
     path = lowbit.export.onnx(lowbit.quantize(load_network(), "w8a8", [x]), tmp_path / "m.onnx")
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    runtime.session(path, optimized_to=tmp_path / "optimized.onnx")
     found = {node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node}
     assert {"QLinearConv", "QLinearAdd", "QGemm", "QLinearGlobalAveragePool"} <= found
     assert not found & {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Relu", "Clip"}

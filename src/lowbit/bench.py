@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit import runtime
 from lowbit.errors import LowbitError, near_miss
 from lowbit.progress import track
 from lowbit.tables import text_table
@@ -134,12 +135,7 @@ def _declared(path: Path, value: Any) -> list[int]:
 
 
 def _in_onnxruntime(path: Path, feed: Feed) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = runtime.session(path, threads=1)
     return lambda: session.run(None, feed)
 
 

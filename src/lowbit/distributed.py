@@ -21,6 +21,7 @@ from lowbit.errors import LowbitError
 
 __all__ = [
     "add_over_ranks",
+    "check_device",
     "join",
     "merge_observers",
     "rank",
@@ -59,6 +60,18 @@ def world() -> int:
 def rank() -> int:
     """Number of this process in the group, from 0."""
     return dist.get_rank() if world() > 1 else 0
+
+
+def check_device(device: torch.device) -> None:
+    """Raise LowbitError where this rank's model is on a GPU that is not its own: nccl would only hang."""
+    if world() == 1 or device.type != "cuda":
+        return
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.index != own:
+        raise LowbitError(
+            f"the model of rank {rank()} is on {device}, and each rank needs a GPU of its own; move it with "
+            f"q.to('cuda:{own}'), which is LOCAL_RANK"
+        )
 
 
 def share(total: int) -> range:

@@ -12,7 +12,7 @@ import torch
 from lowbit import kernels
 from lowbit.tables import text_table
 
-__all__ = ["Environment", "environment"]
+__all__ = ["Environment", "environment", "instructions"]
 
 # package: what lowbit does with it
 OPTIONAL = {
@@ -78,7 +78,7 @@ def environment() -> Environment:
         threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         kernels=kernels.description(),
-        instructions=_instructions(),
+        instructions=instructions(),
         packages={name: _version(name) for name in OPTIONAL},
     )
 
@@ -90,7 +90,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _instructions() -> tuple[str, ...] | None:
+def instructions() -> tuple[str, ...] | None:
+    """Those of INSTRUCTIONS that the processor has; None where PyTorch cannot tell."""
     if not hasattr(torch.cpu, "get_capabilities"):  # it came after PyTorch 2.11
         return None
     has = torch.cpu.get_capabilities()

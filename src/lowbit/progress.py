@@ -6,14 +6,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from lowbit import distributed
+
 __all__ = ["track"]
 
 T = TypeVar("T")
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yield the items and show how far they are, on standard error when that is a terminal."""
-    if not sys.stderr.isatty():
+    """Yield the items and show how far they are, on standard error when that is a terminal; rank 0 alone."""
+    if distributed.rank() or not sys.stderr.isatty():
         yield from items
         return
     from rich.console import Console

@@ -68,6 +68,8 @@ class Trainer:
         check_data(train, "train")
         if val is not None:
             check_data(val, "val")
+        else:
+            _check_needs_no_val(self.settings)
         if teacher is not None:
             _check_teacher(teacher, q)
         self.objective = Objective(self.settings, teacher is not None)
@@ -80,11 +82,12 @@ class Trainer:
             last.safetensors, best.safetensors (with validation data) and metrics.jsonl.
 
         Raises:
-            LowbitError: data without labels, a checkpoint of another run, or a loss that is no longer finite;
-                the weights are then those of the last checkpoint.
+            LowbitError: data without labels, a checkpoint of another run, a GPU of another rank, or a loss
+                that is no longer finite; the weights are then those of the last checkpoint.
         """
         _check_trainable(self.q)
         distributed.join()
+        distributed.check_device(next(self.q.parameters()).device)
         with kept(next(self.q.parameters()).device):
             session = Session(self.q, self.train, self.val, self.teacher, self.settings, self.objective)
             return session.run()
@@ -121,6 +124,14 @@ def _check_trainable(q: QuantizedModel) -> None:
             "the model is frozen, so its float weights are gone; train what lowbit.prepare returns, "
             "before freeze"
         )
+
+
+def _check_needs_no_val(settings: Settings) -> None:
+    for name, default in (("patience", None), ("restore", "last")):
+        if getattr(settings, name) != default:
+            raise LowbitError(
+                f"{name}={getattr(settings, name)!r} goes by the metric on validation data; pass val=..."
+            )
 
 
 def _check_teacher(teacher: nn.Module, q: QuantizedModel) -> None:

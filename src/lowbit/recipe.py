@@ -83,6 +83,10 @@ class Rule:
                 "axis 0 of an activation is the batch, whose length changes; "
                 "use UINT8 or granularity=PerTensor() for rule.activation"
             )
+        if self.activation is not None and self.activation.mid_rise:
+            raise LowbitError(
+                "activation has mid_rise=True, whose codes have no zero for padding to be; use it for weights"
+            )
         if self.match.startswith("re:"):
             try:
                 re.compile(self.match[3:])
@@ -272,8 +276,9 @@ def preset(
     """A recipe by name: `w8a8`, `w4a8`, `w4a4`, ... `w8`, `w4` (weights alone), widths from 2 to 8; `fp16`.
 
     Below 8 bits the first and the last layer keep 8-bit weights and inputs. Where activations have fewer than
-    8 bits, these are the inputs of layers; sums, averages and the residual stream keep 8. BatchNorm is kept
-    for training and folded at freeze.
+    8 bits, these are the inputs of layers; sums, averages and the residual stream keep 8. Codes of
+    2-bit and 3-bit weights are odd (-3, -1, 1 and 3): as many on either side. BatchNorm is kept for training
+    and folded at freeze.
 
     Args:
         observer: how ranges of activations are chosen; see `lowbit.core.observers`.
@@ -301,7 +306,7 @@ def preset(
     edge = wide if where == PerTensor() else replace(wide, weight=INT8)
     edge = replace(edge, reason=_EDGES)
     edges = tuple(replace(edge, match=f"role:{role}") for role in ("first", "last"))
-    narrow = replace(wide, weight=QuantSpec(bits=bits, granularity=where))
+    narrow = replace(wide, weight=QuantSpec(bits=bits, granularity=where, mid_rise=bits <= 3))
     rules: tuple[Rule, ...] = (*edges, narrow)
     if inputs and inputs < 8:
         layers = replace(narrow, match="role:layer", activation=replace(UINT8, bits=inputs))

@@ -30,6 +30,8 @@ def choose_scales(
 def calibrate_for_training(q: QuantizedModel, data: Any, num_batches: int | None = None) -> None:
     """Choose every scale, and make Parameters of those that the recipe's estimators train."""
     distributed.join()
+    # ranks that began with other weights would find other ranges
+    distributed.same_everywhere([*q.parameters(), *q.buffers()])
     make_gains_positive(q.graph)
     choose_scales(q, data, num_batches, over_ranks=True)
     for module in q.graph.modules():

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit import runtime
 from lowbit.errors import LowbitError, expect
 from lowbit.graph.ops import kind_of, module_of
 from lowbit.graph.run import bind_inputs, flat_tensors
@@ -58,6 +59,8 @@ class Parity:
     simulation_output_max: float
     # share of samples with the same top-1 class as in the simulation; None where the output holds no classes
     top1_agreement: float | None
+    # what it takes to run the file like this on such a processor; "" where nothing
+    advice: str = ""
 
     @property
     def exact(self) -> bool:
@@ -92,9 +95,9 @@ class Parity:
         text = (
             f"{table}\n{self.path}, {self.samples} samples: {equal}, largest difference {self.output_max:.2g}"
         )
-        if self.top1_agreement is None:
-            return text
-        return f"{text}, top-1 agreement with the simulation {_percent(self.top1_agreement)}"
+        if self.top1_agreement is not None:
+            text += f", top-1 agreement with the simulation {_percent(self.top1_agreement)}"
+        return "\n".join(filter(None, (text, self.advice)))
 
 
 def _percent(share: float) -> str:
@@ -180,6 +183,7 @@ def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | No
         out.peak,
         out.simulation_worst,
         agreement,
+        advice=runtime.advice(),
     )
 
 
@@ -252,7 +256,6 @@ class _simulated_codes:  # noqa: N801  (a context manager, read as a verb)
 def _open(path: Path, q: QuantizedModel) -> tuple[Any, dict[str, str]]:
     """A session on the file with the codes of its quantizers as extra outputs; their names by quantizer."""
     import onnx
-    import onnxruntime
 
     from lowbit.export.qdq import CODES
 
@@ -279,12 +282,7 @@ def _open(path: Path, q: QuantizedModel) -> tuple[Any, dict[str, str]]:
     for name in own:
         if name in names:
             proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(names[name]))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     # unasked, the runtime rounds the activations of a linear layer to 8 bits where only its weight is
     # quantized
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session, {name: names[name] for name in own if name in names}
+    opened = runtime.session(proto.SerializeToString(), qdq_matmulnbits_accuracy_level="0")
+    return opened, {name: names[name] for name in own if name in names}

@@ -43,6 +43,9 @@ finite = st.floats(-1e6, 1e6, width=32)
 
 def specs(bits: int, granularity: Granularity) -> Iterator[QuantSpec]:
     """Every spec of that width and granularity that is allowed."""
+    if bits <= 7:
+        for scale in ("float", "pow2"):
+            yield QuantSpec(bits=bits, mid_rise=True, scale=scale, granularity=granularity)  # type: ignore[arg-type]
     options = itertools.product((True, False), (True, False), (False, True), ("float", "pow2"))
     for signed, symmetric, narrow, scale in options:
         if (narrow and not signed) or (bits == 1 and signed and (symmetric or narrow)):
@@ -90,6 +93,8 @@ def plain_qparams(lo: float, hi: float, spec: QuantSpec) -> tuple[float, int]:
 def plain_code(x: float, scale: float, zero_point: int, spec: QuantSpec) -> int:
     """One code; the division is that of float32, everything after it is exact."""
     ratio = float(np.float32(x) / np.float32(scale))
+    if spec.mid_rise:
+        return min(max(2 * math.floor(Fraction(ratio) / 2) + 1, spec.qmin), spec.qmax)
     code = round(ratio) if spec.rounding == "half_even" else math.floor(Fraction(ratio) + Fraction(1, 2))
     return min(max(code + zero_point, spec.qmin), spec.qmax)
 

@@ -28,6 +28,16 @@ def pushed(v: float, c: float, g: float) -> float:
     return 1.0 + 0.02 * math.copysign(1.0, g) * (v - c)
 
 
+def nearest(v: Tensor, spec: QuantSpec) -> Tensor:
+    """The integer, or the odd one, that is nearest."""
+    return 2 * torch.floor(v / 2) + 1 if spec.mid_rise else v.round()
+
+
+def limits(spec: QuantSpec) -> tuple[int, int]:
+    """Ends of what is inside: half a step beyond odd codes."""
+    return (spec.qmin - 1, spec.qmax + 1) if spec.mid_rise else (spec.qmin, spec.qmax)
+
+
 def staircase(v: float) -> float:
     """DSQ, eq. 4 to 8, alpha = 0.4, in steps: a tanh between each two codes, joined at the codes."""
     k, middle = math.log(2 / 0.4 - 1), math.floor(v) + 0.5
@@ -42,6 +52,10 @@ def soft(v: float, c: float, g: float) -> float:
 
 def learned_step(x: Tensor, s: Tensor, z: Tensor, spec: QuantSpec) -> Tensor:
     """LSQ+, eq. 1 and 2, straight through the two roundings; LSQ where z is fixed."""
+    if spec.mid_rise:
+        v = x / s
+        inside = v.abs() <= spec.qmax + 1
+        return torch.where(inside, v + (nearest(v, spec) - v).detach(), v.sign() * spec.qmax) * s
     z = z + (z.round() - z).detach()
     v = torch.minimum(torch.maximum(x / s, spec.qmin - z), spec.qmax - z) + z
     return (v + (v.round() - v).detach() - z) * s
@@ -49,6 +63,9 @@ def learned_step(x: Tensor, s: Tensor, z: Tensor, spec: QuantSpec) -> Tensor:
 
 def learned_clip(x: Tensor, s: Tensor, z: Tensor, spec: QuantSpec) -> Tensor:
     """PACT, eq. 1 and 2: clip to the learned ends, then round straight through."""
+    if spec.mid_rise:  # the ends are the outermost codes, though what rounds to them is not clipped
+        beyond = (x / s).abs() > spec.qmax + 1
+        return torch.where(beyond, x.sign() * spec.qmax * s, x + (nearest(x / s, spec) * s - x).detach())
     y = torch.minimum(torch.maximum(x, s * (spec.qmin - z)), s * (spec.qmax - z))
     return y + ((y / s).round() * s - y).detach()
 
@@ -92,6 +109,7 @@ KINDS = {
     "uint+zp": QuantSpec(bits=8, signed=False, symmetric=False),
     "narrow": QuantSpec(bits=8, narrow=True),
     "half up": QuantSpec(bits=8, rounding="half_up"),
+    "mid-rise": QuantSpec(bits=2, mid_rise=True),
 }
 each_row = pytest.mark.parametrize("name", ROWS)
 each_granularity = pytest.mark.parametrize("where", GRANULARITIES.values(), ids=GRANULARITIES)
@@ -104,7 +122,7 @@ def specs(kind: str, where: Granularity) -> list[QuantSpec]:
         try:
             made.append(replace(KINDS[kind], bits=bits, granularity=where))
         except LowbitError:
-            assert bits == 1
+            assert bits == 1 or (kind == "mid-rise" and bits == 8)
     return made
 
 
@@ -124,9 +142,12 @@ class Case:
         scale = torch.rand(scales) + 0.1
         zero = None if spec.symmetric else torch.randint(spec.qmin, spec.qmax + 1, scales, dtype=torch.int32)
         codes = torch.randint(spec.qmin - 2, spec.qmax + 3, shape).float()
+        if spec.mid_rise:
+            half = 2 ** (spec.bits - 1)
+            codes = 2 * torch.randint(-half - 1, half + 1, shape).float() + 1
         away = (0.05 + 0.4 * torch.rand(shape)) * torch.randn(shape).sign()
         offset = 0 if zero is None else expand_to(zero, shape)
-        x = (codes + away - offset) * expand_to(scale, shape)
+        x = (codes + spec.step * away - offset) * expand_to(scale, shape)
         return cls(spec, x, scale, zero, torch.randn(shape))
 
     def gradients(self, of: Estimator, count: int = 7) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -141,8 +162,9 @@ class Case:
         """v, c and whether inside, in float64."""
         v = self.x.double() / expand_to(self.scale, self.x.shape)
         zero = 0 if self.zero_point is None else expand_to(self.zero_point, self.x.shape)
-        c = (v.round() + zero).clamp(self.spec.qmin, self.spec.qmax) - zero
-        return v, c, (v >= self.spec.qmin - zero) & (v <= self.spec.qmax - zero)
+        c = (nearest(v, self.spec) + zero).clamp(self.spec.qmin, self.spec.qmax) - zero
+        lo, hi = limits(self.spec)
+        return v, c, (v >= lo - zero) & (v <= hi - zero)
 
 
 def close(got: Tensor, want: Tensor) -> bool:
@@ -182,10 +204,11 @@ def test_the_forward_pass_is_the_one_that_is_deployed(name: str, where: Granular
 def test_the_forward_pass_never_falls(name: str, kind: str) -> None:
     for spec in specs(kind, PerTensor()):
         scale, zero = torch.tensor([0.37]), None if spec.symmetric else torch.tensor([spec.qmin + 1])
-        x = torch.linspace(-0.5 * 2**spec.bits, 1.2 * 2**spec.bits, 3001, requires_grad=True) * 0.37
+        reach = spec.step * 2**spec.bits
+        x = torch.linspace(-0.5 * reach, 1.2 * reach, 3001, requires_grad=True) * 0.37
         y = estimators.get(name)(x, scale, zero, spec, 1)
         assert (y.diff() >= 0).all()
-        assert len(y.unique()) == spec.qmax - spec.qmin + 1, "every code is reached"
+        assert len(y.unique()) == (spec.qmax - spec.qmin) // spec.step + 1, "every code is reached"
 
 
 @each_row
@@ -197,7 +220,10 @@ def test_the_gradient_of_x_is_that_of_the_paper(name: str, where: Granularity, k
     for spec in specs(kind, where):
         case = Case.of(spec)
         got = case.gradients(estimators.get(name))[0]
-        triples = zip(*(t.flatten().tolist() for t in (*case.positions(), case.g)), strict=True)
+        v, c, inside = case.positions()
+        if spec.mid_rise:  # in steps, as if codes were integers
+            v, c = (v - 1) / 2, (c - 1) / 2
+        triples = zip(*(t.flatten().tolist() for t in (v, c, inside, case.g)), strict=True)
         want = [g * (row.inside(v, c, g) if inside else row.outside) for v, c, inside, g in triples]
         assert torch.allclose(got.double().flatten(), torch.tensor(want).double(), rtol=1e-4, atol=1e-6)
 
@@ -233,14 +259,17 @@ def test_the_gradient_of_what_is_learned(name: str, where: Granularity, kind: st
 
 @each_row
 def test_the_ends_belong_to_the_inside(name: str) -> None:
-    """At v = qmin - z and v = qmax - z, and one float beyond."""
-    spec = QuantSpec(bits=4, signed=False, symmetric=False)
-    ends = torch.tensor([-3.0, 12.0])
-    beyond = torch.nextafter(ends, 2 * ends)
-    case = Case(spec, 0.5 * torch.cat([ends, beyond]), torch.tensor([0.5]), torch.tensor([3]), torch.ones(4))
-    got = case.gradients(estimators.get(name))[0]
-    assert (got[:2] > 0).all()
-    assert torch.equal(got[2:], torch.full((2,), ROWS[name].outside))
+    """At v = qmin - z and v = qmax - z, or half a step beyond odd codes, and one float further."""
+    with_zero = QuantSpec(bits=4, signed=False, symmetric=False)
+    for spec, ends, zero in (
+        (with_zero, torch.tensor([-3.0, 12.0]), torch.tensor([3])),
+        (QuantSpec(bits=2, mid_rise=True), torch.tensor([-4.0, 4.0]), None),
+    ):
+        beyond = torch.nextafter(ends, 2 * ends)
+        case = Case(spec, 0.5 * torch.cat([ends, beyond]), torch.tensor([0.5]), zero, torch.ones(4))
+        got = case.gradients(estimators.get(name))[0]
+        assert (got[:2] > 0).all()
+        assert torch.equal(got[2:], torch.full((2,), ROWS[name].outside))
 
 
 def test_the_soft_staircase_has_slope_one_on_average() -> None:
@@ -278,7 +307,7 @@ def test_the_fused_pass_is_the_formula(
     shape = (8, 6, 41)
     cases = [
         Case.of(replace(KINDS[kind], bits=bits, granularity=where), shape)
-        for kind, bits in (("int", 4), ("uint+zp", 8), ("uint+zp", 2))
+        for kind, bits in (("int", 4), ("uint+zp", 8), ("uint+zp", 2), ("mid-rise", 1), ("mid-rise", 2))
     ]
     native = [case.gradients(estimators.get(name)) for case in cases]
     monkeypatch.setattr(kernels, "supports", lambda *_: False)

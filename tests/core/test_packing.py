@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit import LowbitError
+from lowbit import LowbitError, QuantSpec
 from lowbit.core import packing
-from lowbit.core.packing import pack, unpack
+from lowbit.core.packing import pack, pack_codes, unpack, unpack_codes
 
 widths = pytest.mark.parametrize("bits", range(1, 9))
 signs = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
@@ -36,6 +36,17 @@ def test_round_trip(values: list[int], bits: int, signed: bool) -> None:
     packed = pack(codes, bits)
     assert packed.tolist() == plain_stream(codes.tolist(), bits)
     back = unpack(packed, bits, tuple(codes.shape), signed=signed)
+    assert back.dtype == codes.dtype
+    assert torch.equal(back, codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_odd_codes_take_no_more_bits(bits: int) -> None:
+    spec = QuantSpec(bits=bits, mid_rise=True)
+    codes = torch.arange(spec.qmin, spec.qmax + 1, 2, dtype=torch.int8).repeat(3)
+    packed = pack_codes(codes, spec)
+    assert len(packed) == math.ceil(len(codes) * bits / 8)
+    back = unpack_codes(packed, spec, tuple(codes.shape))
     assert back.dtype == codes.dtype
     assert torch.equal(back, codes)
 

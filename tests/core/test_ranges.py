@@ -105,7 +105,8 @@ def test_each_scale_is_chosen_for_itself(granularity: PerChannel | PerGroup) -> 
         sizes = [n // groups for n, groups in zip(x.shape, lo.shape, strict=True)]
         part = x[tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, sizes, strict=True))]
         alone = least_error_range_of(part, QuantSpec(bits=3))
-        assert (lo[at].item(), hi[at].item()) == (alone[0].item(), alone[1].item())
+        # up to the last bits of exp2, in which vectors of a processor differ from single numbers
+        assert (lo[at].item(), hi[at].item()) == pytest.approx((alone[0].item(), alone[1].item()), rel=1e-12)
 
 
 def test_importance_decides_what_is_clipped() -> None:

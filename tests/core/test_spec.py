@@ -21,6 +21,10 @@ granularities = st.one_of(
 
 @st.composite
 def specs(draw: st.DrawFn) -> QuantSpec:
+    if draw(st.booleans()):
+        scale = draw(st.sampled_from(["float", "pow2"]))
+        where = draw(granularities)
+        return QuantSpec(bits=draw(st.integers(1, 7)), mid_rise=True, scale=scale, granularity=where)
     signed = draw(st.booleans())
     bits = draw(st.integers(2 if signed else 1, 16))
     return QuantSpec(
@@ -43,6 +47,9 @@ def specs(draw: st.DrawFn) -> QuantSpec:
         (QuantSpec(bits=1, signed=False), 0, 1, torch.uint8),
         (QuantSpec(bits=1, symmetric=False), -1, 0, torch.int8),
         (QuantSpec(bits=2, narrow=True), -1, 1, torch.int8),
+        (QuantSpec(bits=1, mid_rise=True), -1, 1, torch.int8),
+        (QuantSpec(bits=2, mid_rise=True), -3, 3, torch.int8),
+        (QuantSpec(bits=7, mid_rise=True), -127, 127, torch.int8),
         (QuantSpec(bits=9), -256, 255, torch.int16),
         (QuantSpec(bits=15, signed=False), 0, 32767, torch.int16),
         (QuantSpec(bits=16), -32768, 32767, torch.int16),
@@ -59,7 +66,8 @@ def test_codes(spec: QuantSpec, qmin: int, qmax: int, dtype: torch.dtype) -> Non
 def test_every_code_fits_the_dtype(spec: QuantSpec) -> None:
     info = torch.iinfo(spec.dtype)
     assert info.min <= spec.qmin < spec.qmax <= info.max
-    assert spec.qmax - spec.qmin + 1 == 2**spec.bits - spec.narrow
+    assert (spec.qmax - spec.qmin) // spec.step + 1 == 2**spec.bits - spec.narrow
+    assert spec.qmax < 1 << spec.code_bits - spec.signed
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,11 @@ def test_every_code_fits_the_dtype(spec: QuantSpec) -> None:
         ({"bits": 8, "granularity": "channel"}, "granularity='channel' is unknown; use PerTensor"),
         ({"bits": 8, "kind": "float"}, "kind='float' has 16 bits, not 8; use FP16"),
         ({"bits": 8, "signed": False, "narrow": True}, "use signed=True"),
+        ({"bits": 8, "mid_rise": True}, "odd codes of 7 bits fill a byte; use fewer"),
+        ({"bits": 2, "mid_rise": True, "signed": False}, "mid_rise=True has codes symmetric about 0"),
+        ({"bits": 2, "mid_rise": True, "symmetric": False}, "mid_rise=True"),
+        ({"bits": 2, "mid_rise": True, "narrow": True}, "mid_rise=True"),
+        ({"bits": 2, "mid_rise": 1.5}, r"mid_rise=1\.5 is unknown"),
         ({"bits": 1}, "no positive value exists; use signed=False"),
         ({"bits": 1, "symmetric": False, "narrow": True}, "narrow=False"),
     ],

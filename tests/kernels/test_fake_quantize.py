@@ -37,11 +37,16 @@ LAYOUTS = {
     "rows-in-groups": ((8, 10), (4, 1)),
 }
 every_layout = pytest.mark.parametrize(("shape", "scale_shape"), LAYOUTS.values(), ids=LAYOUTS)
-RANGES = {
+# with a type, codes have zero points of that type; "odd" are those of a mid-rise quantizer
+ODD = "odd"
+RANGES: dict[str, tuple[int, int, torch.dtype | str | None]] = {
     "signed-8": (-128, 127, None),
     "narrow-8": (-127, 127, None),
     "unsigned-4": (0, 15, None),
     "binary": (0, 1, None),
+    "sign": (-1, 1, ODD),
+    "mid-rise-2": (-3, 3, ODD),
+    "mid-rise-7": (-127, 127, ODD),
     "zero-point-2": (0, 3, torch.int32),
     "zero-point-4": (-8, 7, torch.int32),
     "zero-point-8": (0, 255, torch.float32),
@@ -76,9 +81,15 @@ def widened(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
     return scale
 
 
-def formula(x: Tensor, scale: Tensor, zero: Tensor | None, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+def formula(
+    x: Tensor, scale: Tensor, zero: Tensor | None, qmin: int, qmax: int, odd: bool = False
+) -> tuple[Tensor, Tensor]:
     """The result, and what is inside."""
     s = widened(scale, tuple(x.shape))
+    if odd:
+        v = x / s
+        codes = (2 * torch.floor(v / 2) + 1).clamp(qmin, qmax)
+        return codes * s, (qmin - 1 <= v) & (v <= qmax + 1)
     z = 0 if zero is None else widened(zero, tuple(x.shape)).to(x.dtype)
     v = x / s
     codes = v.round()
@@ -91,13 +102,20 @@ def formula(x: Tensor, scale: Tensor, zero: Tensor | None, qmin: int, qmax: int)
 
 
 def gradients(
-    g: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, qmin: int, qmax: int, inside_scale: bool
+    g: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    qmin: int,
+    qmax: int,
+    inside_scale: bool,
+    odd: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gx, then in float64 for each element that of the scale and that of the zero point, and the magnitude.
 
     What is inside is decided in float32, as the formula says: on the edge of the range the gradient jumps.
     """
-    y, inside = formula(x, scale, zero, qmin, qmax)
+    y, inside = formula(x, scale, zero, qmin, qmax, odd)
     s = widened(scale, tuple(x.shape)).double()
     c, v, g64 = (y.double() / s).round(), (x / widened(scale, tuple(x.shape))).double(), g.double()
     ds = torch.where(inside, c - v if inside_scale else 0.0, c)
@@ -121,11 +139,17 @@ def bits(t: Tensor) -> Tensor:
 
 
 def case(
-    shape: tuple[int, ...], scale_shape: tuple[int, ...], qmin: int, qmax: int, zero_type: torch.dtype | None
+    shape: tuple[int, ...],
+    scale_shape: tuple[int, ...],
+    qmin: int,
+    qmax: int,
+    zero_type: torch.dtype | str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x over three times the range, with ties and edges; the first elements are zeros and not finite."""
     scale = torch.rand(scale_shape) * 0.2 + 0.01
-    zero = None if zero_type is None else torch.randint(qmin, qmax + 1, scale_shape).to(zero_type)
+    zero = None
+    if isinstance(zero_type, torch.dtype):
+        zero = torch.randint(qmin, qmax + 1, scale_shape).to(zero_type)
     steps = (torch.rand(shape) - 0.5) * 3 * (qmax - qmin)
     ties = torch.randint(0, 3, shape)
     steps = torch.where(ties == 0, steps, torch.where(ties == 1, steps.round(), steps.floor() + 0.5))
@@ -140,10 +164,11 @@ def check_forward(shape: Any, scale_shape: Any, name: str) -> None:
     """All that gives or takes the mask, too."""
     qmin, qmax, zero_type = RANGES[name]
     x, scale, zero = case(shape, scale_shape, qmin, qmax, zero_type)
-    y, inside = formula(x, scale, zero, qmin, qmax)
+    odd = zero_type == ODD
+    y, inside = formula(x, scale, zero, qmin, qmax, odd)
     assert kernels.supports(x, scale)
-    assert torch.equal(bits(kernels.fake_quantize(x, scale, zero, qmin, qmax)), bits(y)), name
-    masked, mask = kernels.fake_quantize_masked(x, scale, zero, qmin, qmax)
+    assert torch.equal(bits(kernels.fake_quantize(x, scale, zero, qmin, qmax, odd)), bits(y)), name
+    masked, mask = kernels.fake_quantize_masked(x, scale, zero, qmin, qmax, odd)
     assert torch.equal(bits(masked), bits(y)), name
     assert mask.shape == ((x.numel() + 7) // 8,)
     assert torch.equal(unpacked(mask, x.numel()), inside.flatten()), name
@@ -156,14 +181,15 @@ def check_backward(shape: Any, scale_shape: Any, name: str, inside_scale: bool) 
     qmin, qmax, zero_type = RANGES[name]
     x, scale, zero = case(shape, scale_shape, qmin, qmax, zero_type)
     x, g = x.nan_to_num().clamp(-1e6, 1e6), torch.randn(shape)
-    gx, gs, gz, size = gradients(g, x, scale, zero, qmin, qmax, inside_scale)
-    found = kernels.fake_quantize_backward(g, x, scale, zero, qmin, qmax, inside_scale, True)
+    odd = zero_type == ODD
+    gx, gs, gz, size = gradients(g, x, scale, zero, qmin, qmax, inside_scale, odd)
+    found = kernels.fake_quantize_backward(g, x, scale, zero, qmin, qmax, inside_scale, True, odd)
     assert torch.equal(bits(found[0]), bits(gx)), name
     for got, each, reach in zip(found[1:], (gs, gz), (size, gz.abs()), strict=True):
         assert got.shape == scale.shape
         error = (got.double() - summed(each, scale_shape)).abs()
         assert (error <= 1e-6 * summed(reach, scale_shape) + 1e-40).all(), (name, float(error.max()))
-    without = kernels.fake_quantize_backward(g, x, scale, zero, qmin, qmax, inside_scale, False)
+    without = kernels.fake_quantize_backward(g, x, scale, zero, qmin, qmax, inside_scale, False, odd)
     assert torch.equal(without[1], found[1])
     assert not without[2].any()
 
@@ -324,6 +350,7 @@ def test_what_is_left_to_torch(x: Tensor, scale: Tensor) -> None:
         (lambda x, s: kernels.fake_quantize(x.double(), s, None, 0, 1), "float64"),
         (lambda x, s: kernels.fake_quantize(x, torch.ones(1, 4), None, 0, 1), r"scale of shape \(1, 4\)"),
         (lambda x, s: kernels.fake_quantize(x, s, torch.zeros(2), 0, 1), "2 zero points for 1 scales"),
+        (lambda x, s: kernels.fake_quantize(x, s, torch.zeros(1), -1, 1, True), "no zero point"),
         (
             lambda x, s: kernels.fake_quantize_masked_backward(x, torch.zeros(1, dtype=torch.uint8)),
             "mask of 1",
@@ -333,7 +360,7 @@ def test_what_is_left_to_torch(x: Tensor, scale: Tensor) -> None:
             r"shape \(2, 4\)",
         ),
     ],
-    ids=["float64", "layout", "zero-points", "mask", "gradient"],
+    ids=["float64", "layout", "zero-points", "odd", "mask", "gradient"],
 )
 def test_bad_arguments_never_reach_the_library(call: Any, says: str) -> None:
     with pytest.raises(LowbitError, match=says):

@@ -44,9 +44,9 @@ def check_finite(x: Tensor, what: str = "the tensor") -> None:
 def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that cover the range [lo, hi].
 
-    Zero is always representable, exactly: the range is widened to hold it. A range of zero width (an all-zero
-    or empty tensor) gets scale 1. The end of an asymmetric range may move by half a step, for its zero point
-    is rounded.
+    The range is widened to hold zero, which is then representable exactly, unless codes are odd. A range of
+    zero width (an all-zero or empty tensor) gets scale 1. The end of an asymmetric range may move by half a
+    step, for its zero point is rounded.
 
     Args:
         lo, hi: ends of the range, in the shape of the scale.
@@ -95,6 +95,9 @@ def _check_range(lo: Tensor, hi: Tensor) -> None:
 
 
 def _round_(x: Tensor, spec: QuantSpec) -> Tensor:
+    """The nearest code, in place, as if codes had no ends; of two odd ones that are as near the upper."""
+    if spec.mid_rise:
+        return x.mul_(0.5).floor_().mul_(2.0).add_(1.0)
     if spec.rounding == "half_even":
         return x.round_()
     below = torch.floor(x)
@@ -102,7 +105,7 @@ def _round_(x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """clamp(round(x / scale) + zero_point), still as floating point numbers.
+    """clamp(round(x / scale) + zero_point), still as floating point numbers; `round` to the nearest code.
 
     In place but for the quotient, and with a zero point of the type of `x`: on activations memory is what
     takes the time.
@@ -116,7 +119,8 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes of `x`, in `spec.dtype`: clamp(round(x / scale) + zero_point, qmin, qmax).
 
-    Infinite values saturate; NaN is an error, for no code stands for it.
+    Rounding is to the nearest integer, and where codes are odd to the nearest odd one. Infinite values
+    saturate; NaN is an error, for no code stands for it.
     """
     if torch.isnan(x).any():
         check_finite(x)
@@ -139,7 +143,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     if spec.kind == "float":
         return x.clamp(-FP16_MAX, FP16_MAX).half().to(x.dtype)
     if spec.rounding == "half_even" and kernels.supports(x, scale):
-        return kernels.fake_quantize(x, scale, zero_point, spec.qmin, spec.qmax)
+        return kernels.fake_quantize(x, scale, zero_point, spec.qmin, spec.qmax, spec.mid_rise)
     scale = expand_to(scale, x.shape)
     if zero_point is None:
         return _codes(x, scale, None, spec).mul_(scale)

@@ -5,10 +5,11 @@ Every estimator has the same forward pass, the one that is deployed:
     y = (clamp(round(x / s) + z, qmin, qmax) - z) * s
 
 Its derivative is zero almost everywhere, so each estimator puts another in its place. With v = x / s, the
-position in steps, and c = y / s, the code without its zero point, an element is *inside* when
-qmin - z <= v <= qmax - z. An estimator is one function of these that returns the gradients of x, of s and of
-z for each element; what belongs to one scale is summed here, and multiplied by 1 / sqrt(N qmax), where N
-counts the elements of a weight, or of one sample of an activation, that share the scale (LSQ, section 2.2).
+position in codes, and c = y / s, the code without its zero point, an element is *inside* when
+qmin - z <= v <= qmax - z; where codes are odd, when qmin - 1 <= v <= qmax + 1. An estimator is one function
+of these that returns the gradients of x, of s and of z for each element; what belongs to one scale is summed
+here, and multiplied by 1 / sqrt(N qmax), where N counts the elements of a weight, or of one sample of an
+activation, that share the scale (LSQ, section 2.2).
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ class Local:
     inside: Tensor
     # s
     scale: Tensor
+    # from one code to the next: 2 where codes are odd
+    step: int
+
+    @property
+    def rest(self) -> Tensor:
+        """Distance from the code, in steps: -1/2 to 1/2 inside."""
+        return (self.v - self.c) / self.step
 
     def within(self, t: Tensor) -> Tensor:
         """`t` inside, zero outside."""
@@ -122,7 +130,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.spec, ctx.of, ctx.gain = spec, of, gain
         ctx.fused = of.fused if _is_fused(x, scale, spec) else None
         if ctx.fused == "mask":
-            y, mask = kernels.fake_quantize_masked(x, scale, zero_point, spec.qmin, spec.qmax)
+            y, mask = kernels.fake_quantize_masked(x, scale, zero_point, spec.qmin, spec.qmax, spec.mid_rise)
             ctx.save_for_backward(mask)
             return y
         ctx.save_for_backward(x, scale, zero_point)
@@ -148,8 +156,10 @@ def _gradients(
     """Gradient of x, and those of scale and zero point, summed over what shares them."""
     if ctx.fused is not None:
         whole, moves = ctx.fused == "full", "zero_point" in ctx.of.learns
-        ends = (ctx.spec.qmin, ctx.spec.qmax)
-        return kernels.fake_quantize_backward(g, x, scale, zero_point, *ends, whole, moves)
+        spec = ctx.spec
+        return kernels.fake_quantize_backward(
+            g, x, scale, zero_point, spec.qmin, spec.qmax, whole, moves, spec.mid_rise
+        )
     found = ctx.of.gradients(_local(g, x, scale, zero_point, ctx.spec))
     return found.x, _sum(found.scale, scale), _sum(found.zero_point, scale)
 
@@ -163,7 +173,9 @@ def _local(g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, spec:
     each = expand_to(scale, x.shape)
     v = x / each
     zero = 0 if zero_point is None else expand_to(zero_point, x.shape)
-    return Local(g, v, y / each, (spec.qmin - zero <= v) & (v <= spec.qmax - zero), each)
+    margin = spec.step - 1  # half a step on either side of odd codes
+    inside = (spec.qmin - margin - zero <= v) & (v <= spec.qmax + margin - zero)
+    return Local(g, v, y / each, inside, each, spec.step)
 
 
 def _sum(t: Tensor | None, scale: Tensor) -> Tensor | None:
@@ -220,12 +232,12 @@ def pact(at: Local) -> Gradients:
 
 @estimator("ewgs", learns=("scale",))
 def ewgs(at: Local) -> Gradients:
-    """Element-wise gradient scaling: dL/dx = g (1 + d sign(g) (v - c)) inside, d = 0.02; dy/ds as in `lsq`.
+    """Element-wise gradient scaling: dL/dx = g (1 + d sign(g) r) inside, d = 0.02; dy/ds as in `lsq`.
 
     Lee, Kim, Ham 2021, "Network quantization with element-wise gradient scaling", eq. 3. An element is pushed
-    harder when the step carries it towards its code. Here v - c is in steps; the paper's range is 1.
+    harder when the step carries it towards its code. Here r = v - c is in steps; the paper's range is 1.
     """
-    pushed = at.g * (1 + EWGS_DELTA * torch.sign(at.g) * (at.v - at.c))
+    pushed = at.g * (1 + EWGS_DELTA * torch.sign(at.g) * at.rest)
     return Gradients(at.within(pushed), lsq(at).scale)
 
 
@@ -236,11 +248,11 @@ EWGS_DELTA = 0.02
 def dsq(at: Local) -> Gradients:
     """Differentiable soft quantization: dy/dx is the slope of a row of tanh steps; dy/ds as in `lsq`.
 
-    phi(v) = m + tanh(k (v - m)) / (2 tanh(k / 2)) between two codes with middle m = floor(v) + 1/2, and
+    phi(v) = m + tanh(k (v - m)) / (2 tanh(k / 2)) between two codes with middle m, v in steps, and
     dy/dx = phi'(v) inside, which is 1 on average. Gong et al. 2019, "Differentiable soft quantization", eq. 4
     to 8, alpha = 0.4: k = log(2 / alpha - 1).
     """
-    offset = at.v - torch.floor(at.v) - 0.5
+    offset = 0.5 - at.rest.abs()  # from the nearest middle
     slope = DSQ_K / (2 * math.tanh(DSQ_K / 2)) / torch.cosh(DSQ_K * offset).square()
     return Gradients(at.within(at.g * slope), lsq(at).scale)
 

@@ -1,7 +1,8 @@
 """Codes of 1 to 8 bits as a stream of bits: 3-bit codes take 3 bits on disk.
 
 Code i occupies the bits [i * bits, (i + 1) * bits) of the stream, least significant bit first; the last byte
-is padded with zeros. Signed codes are stored in two's complement.
+is padded with zeros. Signed codes are stored in two's complement; of an odd code c it is (c - 1) / 2 that
+is stored.
 """
 
 from __future__ import annotations
@@ -12,11 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "pack_codes", "unpack", "unpack_codes"]
 
 _CHUNK = 1 << 20  # codes handled at a time, a multiple of 8; bounds the memory of their single bits
+
+
+def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes of a spec of 1 to 8 bits as `pack` stores them."""
+    return pack(codes.sub(1).div(2, rounding_mode="floor") if spec.mid_rise else codes, spec.bits)
+
+
+def unpack_codes(packed: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `pack_codes`, in the given shape."""
+    codes = unpack(packed, spec.bits, shape, signed=spec.signed)
+    return codes * 2 + 1 if spec.mid_rise else codes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

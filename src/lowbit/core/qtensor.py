@@ -68,10 +68,10 @@ class QTensor:
         return dequantize(self.codes, self.scale, self.zero_point)
 
     def widened(self, bits: int) -> QTensor:
-        """The same numbers in codes of `bits` bits: codes times 2^k, scale over 2^k."""
-        factor = 1 << max(0, bits - self.spec.bits)
+        """The same numbers in plain integer codes of `bits` bits: codes times 2^k, scale over 2^k."""
+        factor = 1 << max(0, bits - self.spec.code_bits)
         zero = None if self.zero_point is None else self.zero_point * factor
-        spec = replace(self.spec, bits=max(bits, self.spec.bits))
+        spec = replace(self.spec, bits=max(bits, self.spec.code_bits), mid_rise=False)
         return QTensor((self.codes.to(spec.dtype) * factor), self.scale / factor, zero, spec)
 
     @property
@@ -97,7 +97,7 @@ class QuantizationError:
     mse: float
     # 10 log10(mean x^2 / mean (x - q)^2)
     sqnr_db: float
-    # mean of scale^2 / 12: the error of rounding when x is spread evenly over each step (Widrow 1956); for
+    # mean of step^2 / 12: the error of rounding when x is spread evenly over each step (Widrow 1956); for
     # fp16 the step is the spacing of the half-precision numbers at x
     theoretical_mse: float
 
@@ -126,7 +126,7 @@ def quantization_error(
         step = torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=2.0**-14))) - 10)
         theory = step.square().mean().item() / 12
     else:
-        theory = q.scale.double().square().mean().item() / 12
+        theory = (spec.step * q.scale.double()).square().mean().item() / 12
     return QuantizationError(
         mae=error.abs().mean().item(),
         relative=math.sqrt(mse / power) if power else 0.0,

@@ -114,6 +114,9 @@ class QuantSpec:
     granularity: Granularity = PerTensor()
     # drop the code -2^(bits-1), so that the codes are symmetric about 0
     narrow: bool = False
+    # codes are odd, ..., -3, -1, 1, 3, ...: none stands for zero, and as many are negative as positive (a
+    # mid-rise quantizer; Widrow, Kollar 2008, section 1.3). With one bit that is the sign
+    mid_rise: bool = False
     # "pow2" <=> the scale is a power of two: a shift in hardware
     scale: Literal["float", "pow2"] = "float"
     # ties of the rounding: to the even code, or up
@@ -135,6 +138,9 @@ class QuantSpec:
             if self.bits != 16:
                 raise LowbitError(f"kind='float' has 16 bits, not {self.bits}; use FP16, or kind='int'")
             return
+        if self.mid_rise:
+            self._check_mid_rise()
+            return
         if self.narrow and not self.signed:
             raise LowbitError(
                 "narrow=True drops -2^(bits-1), which unsigned codes do not have; use signed=True"
@@ -142,18 +148,43 @@ class QuantSpec:
         if self.bits == 1 and self.signed and (self.symmetric or self.narrow):
             raise LowbitError(
                 "1-bit signed symmetric codes are {-1, 0}: no positive value exists; "
-                "use signed=False, or symmetric=False with narrow=False"
+                "use signed=False, symmetric=False with narrow=False, or mid_rise=True for {-1, 1}"
+            )
+
+    def _check_mid_rise(self) -> None:
+        if not self.signed or not self.symmetric or self.narrow or self.rounding != "half_even":
+            raise LowbitError(
+                "mid_rise=True has codes symmetric about 0 and no ties; leave signed, symmetric, narrow and "
+                "rounding at their defaults"
+            )
+        if self.bits > 7:
+            raise LowbitError(
+                f"mid_rise=True with bits={self.bits}: odd codes of 7 bits fill a byte; use fewer"
             )
 
     @property
     def qmin(self) -> int:
         """Smallest code."""
+        if self.mid_rise:
+            return -self.qmax
         return -(1 << self.bits >> 1) + int(self.narrow) if self.signed else 0
 
     @property
     def qmax(self) -> int:
         """Largest code."""
+        if self.mid_rise:
+            return (1 << self.bits) - 1
         return (1 << self.bits - int(self.signed)) - 1
+
+    @property
+    def step(self) -> int:
+        """Distance from a code to the next."""
+        return 2 if self.mid_rise else 1
+
+    @property
+    def code_bits(self) -> int:
+        """Width of the codes as integers of an arithmetic unit; odd ones need a bit that is not stored."""
+        return self.bits + int(self.mid_rise)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,7 +209,8 @@ class QuantSpec:
             return "fp16"
         sign, zero_point = "" if self.signed else "u", "" if self.symmetric else "+zp"
         scale = "/pow2" if self.scale == "pow2" else ""
-        return f"{sign}int{self.bits}{zero_point}/{self.granularity}{scale}"
+        rise = "/mid-rise" if self.mid_rise else ""
+        return f"{sign}int{self.bits}{zero_point}/{self.granularity}{rise}{scale}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, equal after `from_dict`."""
@@ -212,6 +244,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "signed": (True, False),
     "symmetric": (True, False),
     "narrow": (True, False),
+    "mid_rise": (True, False),
     "scale": ("float", "pow2"),
     "rounding": ("half_even", "half_up"),
 }

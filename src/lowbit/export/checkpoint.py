@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.core.packing import pack, unpack
+from lowbit.core.packing import pack_codes, unpack_codes
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError, expect
 from lowbit.graph.inputs import Inputs, Note
@@ -133,7 +133,7 @@ def _tensors_of(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
 
 def _packed(layer: QLayer) -> Tensor:
     q = layer.qweight()
-    return pack(q.codes, q.spec.bits) if _is_packed(q.spec) else _plain_tensor(q.codes)
+    return pack_codes(q.codes, q.spec) if _is_packed(q.spec) else _plain_tensor(q.codes)
 
 
 def _plain_tensor(value: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def _fill_layer(path: str, layer: QLayer, shape: tuple[int, ...], tensors: dict[
     if name not in tensors:
         raise _missing(name)
     codes = tensors[name]
-    layer.freeze(unpack(codes, spec.bits, shape, signed=spec.signed) if _is_packed(spec) else codes)
+    layer.freeze(unpack_codes(codes, spec, shape) if _is_packed(spec) else codes)
     layer.qweight()  # checks the shapes of codes, scale and zero point against each other
     bias = f"{path}.bias"
     if getattr(layer, "bias", None) is None and bias in tensors:

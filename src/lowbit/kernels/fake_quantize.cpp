@@ -2,6 +2,7 @@
 //
 //     v = x / s,  c = clamp(rint(v) + z, qmin, qmax) - z,  y = c * s,  inside = qmin - z <= v <= qmax - z
 //
+// and, where codes are odd, c = clamp(2 floor(v / 2) + 1, qmin, qmax), inside = qmin - 1 <= v <= qmax + 1.
 // A plain C interface, without PyTorch: the library outlives any of its releases. A tensor is contiguous and
 // seen as [outer, scales, inner]. The loops are compiled once for each instruction set and chosen when they run.
 // Division is division and every step is rounded as in PyTorch, so that y equals its y in every bit.
@@ -31,7 +32,7 @@
 
 namespace {
 
-enum ZeroKind { NONE = 0, FLOAT = 1, INT32 = 2 };
+enum ZeroKind { NONE = 0, FLOAT = 1, INT32 = 2, ODD = 3 };
 enum Path { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
 struct Quantizer {
@@ -39,6 +40,9 @@ struct Quantizer {
     const void *zero;
     int zero_kind;
     float qmin, qmax;
+
+    // what lies beyond the outermost codes and is not clipped, without the zero point
+    float margin() const { return zero_kind == ODD ? 1.0f : 0.0f; }
 
     float zero_at(int64_t i) const {
         if (zero_kind == FLOAT) return static_cast<const float *>(zero)[i];
@@ -101,6 +105,7 @@ struct Vec {
     static F mul(F a, F b) { return a * b; }
     static F div(F a, F b) { return a / b; }
     static F rint(F a) { return std::rint(a); }
+    static F floor(F a) { return std::floor(a); }
     static F clamp(F a, F lo, F hi) {
         a = a < lo ? lo : a;
         return hi < a ? hi : a;
@@ -157,6 +162,7 @@ struct Vec {
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F div(F a, F b) { return _mm256_div_ps(a, b); }
     static F rint(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F floor(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
     // min and max return their second operand when one is NaN
     static F clamp(F a, F lo, F hi) { return _mm256_min_ps(hi, _mm256_max_ps(lo, a)); }
     static M inside(F a, F lo, F hi) {
@@ -216,6 +222,7 @@ struct Vec {
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F div(F a, F b) { return _mm512_div_ps(a, b); }
     static F rint(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F floor(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
     static F clamp(F a, F lo, F hi) { return _mm512_min_ps(hi, _mm512_max_ps(lo, a)); }
     static M inside(F a, F lo, F hi) {
         return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(lo, a, _CMP_LE_OQ), a, hi, _CMP_LE_OQ);
@@ -310,7 +317,7 @@ constexpr int64_t LINE = 64;
 }  // namespace
 
 // Raised when a signature changes, so that a library of an older build is never called.
-LOWBIT_API int lowbit_version() { return 1; }
+LOWBIT_API int lowbit_version() { return 2; }
 
 // The best of portable (0), AVX2 (1) and AVX-512 (2) that this processor runs.
 LOWBIT_API int lowbit_best_path() { return best_path(); }

@@ -14,7 +14,7 @@ __all__ = ["PATHS", "Library", "load"]
 
 # What the library calls its loops: the position is the number.
 PATHS = ("portable", "AVX2", "AVX512")
-VERSION = 1
+VERSION = 2
 VARIABLE = "LOWBIT_KERNELS"
 
 _SHAPE = [c_int64, c_int64, c_int64]  # outer, scales, inner

@@ -1,9 +1,11 @@
 """Fake quantization and its gradients as operators of PyTorch, each one pass over memory.
 
 With v = x / s, c = clamp(round(v) + z, qmin, qmax) - z and y = c s, an element is *inside* when
-qmin - z <= v <= qmax - z. A tensor is taken in the order of its memory: row-major, or channels_last where the
-scales allow it; another is copied to row-major first, and the result is row-major then. The operators have no
-derivative of their own: an autograd.Function puts forward and backward together.
+qmin - z <= v <= qmax - z. Under `mid_rise`, which has no zero point, codes are odd: the rounding is
+2 floor(v / 2) + 1, and inside is qmin - 1 <= v <= qmax + 1. A tensor is taken in the order of its memory:
+row-major, or channels_last where the scales allow it; another is copied to row-major first, and the result is
+row-major then. The operators have no derivative of their own: an autograd.Function puts forward and backward
+together.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ _loaded = load()
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # zero points the library reads, and its numbers for them; 0 is none at all
 ZERO_KINDS = {torch.float32: 1, torch.int32: 2}
+# what stands there when codes are odd
+ODD = 3
 
 
 def available() -> bool:
@@ -122,8 +126,12 @@ def _library(*tensors: Tensor) -> Library:
     return _loaded
 
 
-def _zero(zero_point: Tensor | None, scale: Tensor) -> tuple[Tensor | None, int | None, int]:
+def _zero(zero_point: Tensor | None, scale: Tensor, mid_rise: bool) -> tuple[Tensor | None, int | None, int]:
     """The zero point, to be held as long as its address is used, that address and its kind."""
+    if mid_rise:
+        if zero_point is not None:
+            raise LowbitError("odd codes have no zero point; pass None, or mid_rise=False")
+        return None, None, ODD
     if zero_point is None:
         return None, None, 0
     if zero_point.numel() != scale.numel():
@@ -143,12 +151,12 @@ def _same_shape(grad: Tensor, x: Tensor) -> None:
 
 
 def _forward(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, masked: bool
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, mid_rise: bool, masked: bool
 ) -> tuple[Tensor, Tensor | None]:
     lib = _library(x, scale)
     factors, last = _plan(x, scale)
     x, scale = _ordered(x, last), scale.contiguous()
-    _held, zero_at, kind = _zero(zero_point, scale)
+    _held, zero_at, kind = _zero(zero_point, scale, mid_rise)
     y = torch.empty_like(x)
     mask = _empty_mask(x, last) if masked else None
     bits = None if mask is None else mask.data_ptr()
@@ -165,12 +173,16 @@ def _empty_mask(x: Tensor, channels_last: bool) -> Tensor:
     return x.new_empty((size, 1) if channels_last else (size,), dtype=torch.uint8)
 
 
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
-    return _forward(x, scale, zero_point, qmin, qmax, masked=False)[0]
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, mid_rise: bool = False
+) -> Tensor:
+    return _forward(x, scale, zero_point, qmin, qmax, mid_rise, masked=False)[0]
 
 
-def _fake_quantize_masked(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Any:
-    return _forward(x, scale, zero_point, qmin, qmax, masked=True)
+def _fake_quantize_masked(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, mid_rise: bool = False
+) -> Any:
+    return _forward(x, scale, zero_point, qmin, qmax, mid_rise, masked=True)
 
 
 def _masked_backward(grad: Tensor, mask: Tensor) -> Tensor:
@@ -195,12 +207,13 @@ def _backward(
     qmax: int,
     inside_scale: bool,
     zero_point_grad: bool,
+    mid_rise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lib = _library(grad, x, scale)
     _same_shape(grad, x)
     factors, last = _plan(x, scale)
     x, grad, scale = _ordered(x, last), _ordered(grad, last), scale.contiguous()
-    _held, zero_at, kind = _zero(zero_point, scale)
+    _held, zero_at, kind = _zero(zero_point, scale, mid_rise)
     gx, gscale = torch.empty_like(x), torch.empty_like(scale)
     gzero = torch.empty_like(scale) if zero_point_grad else torch.zeros_like(scale)
     lib.fake_quantize_backward(
@@ -211,11 +224,15 @@ def _backward(
     return gx, gscale, gzero
 
 
-def _fake_forward(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
+def _fake_forward(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, mid_rise: bool = False
+) -> Tensor:
     return torch.empty_like(_ordered(x, _plan(x, scale)[1]))
 
 
-def _fake_forward_masked(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Any:
+def _fake_forward_masked(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, mid_rise: bool = False
+) -> Any:
     last = _plan(x, scale)[1]
     return torch.empty_like(_ordered(x, last)), _empty_mask(x, last)
 
@@ -234,9 +251,9 @@ def _fake_backward(
 
 _QUANTIZER = "Tensor scale, Tensor? zero_point, int qmin, int qmax"
 _OPERATORS = (
-    (f"fake_quantize(Tensor x, {_QUANTIZER}) -> Tensor", _fake_quantize, _fake_forward),
+    (f"fake_quantize(Tensor x, {_QUANTIZER}, bool mid_rise=False) -> Tensor", _fake_quantize, _fake_forward),
     (
-        f"fake_quantize_masked(Tensor x, {_QUANTIZER}) -> (Tensor, Tensor)",
+        f"fake_quantize_masked(Tensor x, {_QUANTIZER}, bool mid_rise=False) -> (Tensor, Tensor)",
         _fake_quantize_masked,
         _fake_forward_masked,
     ),
@@ -247,7 +264,7 @@ _OPERATORS = (
     ),
     (
         f"fake_quantize_backward(Tensor grad, Tensor x, {_QUANTIZER}, bool inside_scale, "
-        "bool zero_point_grad) -> (Tensor, Tensor, Tensor)",
+        "bool zero_point_grad, bool mid_rise=False) -> (Tensor, Tensor, Tensor)",
         _backward,
         _fake_backward,
     ),
@@ -261,7 +278,9 @@ for _schema, _real, _fake in _OPERATORS:
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_operators)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, mid_rise: bool = False
+) -> Tensor:
     """(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale; NaN stays NaN.
 
     Args:
@@ -269,22 +288,23 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int
         scale: float32, positive; one element, or in the rank of `x`.
         zero_point: one whole number for each scale, float32 or int32; None when symmetric.
         qmin, qmax: ends of the codes.
+        mid_rise: codes are odd.
 
     Raises:
         LowbitError: no library, or shapes and types it does not take.
     """
-    return torch.ops.lowbit.fake_quantize.default(x, scale, zero_point, qmin, qmax)
+    return torch.ops.lowbit.fake_quantize.default(x, scale, zero_point, qmin, qmax, mid_rise)
 
 
 def fake_quantize_masked(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, mid_rise: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`fake_quantize`, and a bit for each element: is it inside?
 
     The mask is uint8 [ceil(n / 8)], lowest bit first, in the order of memory of the result; [ceil(n / 8), 1]
     when that is channels_last. Raises what `fake_quantize` raises.
     """
-    return torch.ops.lowbit.fake_quantize_masked.default(x, scale, zero_point, qmin, qmax)
+    return torch.ops.lowbit.fake_quantize_masked.default(x, scale, zero_point, qmin, qmax, mid_rise)
 
 
 def fake_quantize_masked_backward(grad: Tensor, mask: Tensor) -> Tensor:
@@ -305,6 +325,7 @@ def fake_quantize_backward(
     qmax: int,
     inside_scale: bool,
     zero_point_grad: bool,
+    mid_rise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the scale and of the zero point, the last two summed for each scale, in its shape.
 
@@ -317,5 +338,5 @@ def fake_quantize_backward(
         LowbitError: as `fake_quantize`, or a gradient of another shape.
     """
     return torch.ops.lowbit.fake_quantize_backward.default(
-        grad, x, scale, zero_point, qmin, qmax, inside_scale, zero_point_grad
+        grad, x, scale, zero_point, qmin, qmax, inside_scale, zero_point_grad, mid_rise
     )

@@ -243,7 +243,7 @@ def kernel_bits(weight: QuantSpec, source: QuantSpec) -> int:
     The steps of the accumulator, input scale times weight scale, are then finer by 2^k, and with them the
     bias, which is rounded to such steps: with 2 bits on both sides that is seen in the accuracy.
     """
-    return max(weight.bits, KERNEL_BITS) if source.bits < 8 else weight.bits
+    return max(weight.code_bits, KERNEL_BITS) if source.bits < 8 else weight.code_bits
 
 
 def quantized_layer(kind: type[nn.Module]) -> type[QLayer] | None:

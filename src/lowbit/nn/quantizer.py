@@ -100,7 +100,10 @@ class Quantizer(nn.Module):
         return True
 
     def learn(self) -> None:
-        """Make Parameters of what the estimator trains: the scale, perhaps the zero point."""
+        """Make Parameters of what the estimator trains: the scale, perhaps the zero point.
+
+        Called again after a new calibration, it takes the size of the new scale.
+        """
         if self.mode != "quantize" or self.spec.kind != "int" or not self.ready:
             return
         for name in self.estimator.learns:
@@ -108,7 +111,7 @@ class Quantizer(nn.Module):
             if value is not None and not isinstance(value, nn.Parameter):
                 delattr(self, name)
                 setattr(self, name, nn.Parameter(value.float().clone()))
-        if self.learned and self.unit is None:
+        if self.learned:
             self.unit = self.scale.detach().mean()
 
     def settle(self) -> None:
@@ -200,7 +203,14 @@ class Quantizer(nn.Module):
         self.reach = torch.where(new > 0, new, self.reach)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Take the scale that is there, of any shape; a float checkpoint has none, and this one stays."""
+        """Take the scale that is there, of any shape; a float checkpoint has none, and this one stays.
+
+        With a scale the quantizer quantizes, and goes on learning where the saved one was learning.
+        """
+        saved = state_dict.get(prefix + "scale")
+        if saved is not None and (saved.numel() or self.spec.kind == "float"):
+            self.observer, self.mode = None, "quantize"
+            self.reach = None  # a state from before training has none
         for name in ("scale", "zero_point", "reach", "unit"):
             value = state_dict.get(prefix + name)
             old = getattr(self, name)
@@ -210,6 +220,10 @@ class Quantizer(nn.Module):
                 old.data = value.detach().clone().to(old)
             else:
                 setattr(self, name, value.detach().to(self.scale.device, copy=True))
+        if self.unit is not None and not self.learned:
+            unit = self.unit
+            self.learn()
+            self.unit = unit
 
     def extra_repr(self) -> str:
         return f"{self.spec}, {self.mode}"

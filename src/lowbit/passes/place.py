@@ -104,18 +104,17 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
 
 def _narrow(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> None:
     """A second quantizer, behind the one that all readers share, for those that ask for fewer bits."""
-    made: dict[tuple[fx.Node, int], fx.Node] = {}
-    for node, rule in list(_integer_nodes(gm, rules)):
+    asking: dict[tuple[fx.Node, int], list[tuple[fx.Node, Rule]]] = {}
+    for node, rule in _integer_nodes(gm, rules):
         for operand in _operands(node):
             wide = quantizer_of(operand)
-            if wide is None or wide.spec.bits <= _bits(rule):
-                continue
-            key = operand, _bits(rule)
-            if key not in made:
-                made_by = operand.args[0] if kind_of(operand) == "quantizer" else operand
-                path = f"{_path_behind(made_by)}_{key[1]}_bits"
-                made[key] = insert_after(gm, operand, path, _activation_quantizer(rule), readers=[])
-            node.replace_input_with(operand, made[key])
+            if wide is not None and wide.spec.bits > _bits(rule):
+                asking.setdefault((operand, _bits(rule)), []).append((node, rule))
+    for (operand, bits), found in asking.items():
+        made_by = operand.args[0] if kind_of(operand) == "quantizer" else operand
+        quantizer = _activation_quantizer(found[0][1])
+        readers = [node for node, _ in found]
+        insert_after(gm, operand, f"{_path_behind(made_by)}_{bits}_bits", quantizer, readers=readers)
 
 
 def _path_behind(node: fx.Node) -> str:

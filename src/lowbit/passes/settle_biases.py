@@ -34,7 +34,7 @@ def settle_biases(gm: fx.GraphModule) -> None:
         if quantizer.spec.kind != "int" or source.spec.kind != "int" or source.scale.numel() != 1:
             continue
         # steps of the accumulator, as fine as the kernel's codes allow
-        spare = kernel_bits(quantizer.spec, source.spec) - quantizer.spec.bits
+        spare = kernel_bits(quantizer.spec, source.spec) - quantizer.spec.code_bits
         step = source.scale.reshape(()) / (1 << spare)
         need = bias.abs() / (step * 2.0**30)
         if quantizer.spec.scale == "pow2":

@@ -83,7 +83,7 @@ class Session:
         self.best: dict[str, Tensor] = {}
         # random numbers of the checkpoint that is gone on with
         self.random: dict[str, Tensor] = {}
-        # scales at the start of the stage, and when a loss was last seen to be finite
+        # scales at the start of the stage, and some steps ago, when the loss was still finite
         self.scales: dict[str, Tensor] = {}
         self.recent: dict[str, Tensor] = {}
 
@@ -91,6 +91,8 @@ class Session:
         """Everything that `Trainer.fit` promises."""
         self.feed.check(labels=self.objective.needs_labels)
         found = self.folder.found() if self.folder else None
+        # what no training puts right or wrong, such as the -inf of an attention mask
+        self.infinite = frozenset(non_finite(self.q.named_buffers()))
         if found:
             load_weights(self.q, section(found[1], "model."), str(self.folder and self.folder.last))
         else:
@@ -106,7 +108,8 @@ class Session:
         modes = [(m, m.training) for m in self.teacher.modules()] if self.teacher is not None else []
         try:
             finished = self._load(*found) if found else False
-            self._open(found)
+            self._open(found[0]["metrics"] if found else None)
+            del found  # a checkpoint takes as much memory as the model and its optimizer
             if not finished:
                 self._train()
             self._take_best()
@@ -122,6 +125,7 @@ class Session:
             "steps_per_epoch": self.feed.steps,
             "ranks": distributed.world(),
             "teacher": self.teacher is not None,
+            "val": self.val is not None,
         }
         return {"recipe": self.q.recipe.to_dict(), "settings": self.settings.deciding(), "data": data}
 
@@ -135,13 +139,13 @@ class Session:
         calibrate_for_training(self.q, data)
         self.record.notes.append(f"calibrated on the first {len(data)} batches of the training data")
 
-    def _open(self, found: Any) -> None:
-        """Ready the folder; the weights to go back to are those of the start."""
+    def _open(self, position: int | None) -> None:
+        """Ready the folder; its metrics go on at `position`, or at None start anew."""
         if self.folder:
-            self.folder.start(found[0]["metrics"] if found else None, self._step())
+            self.folder.start(position, self._step())
             self.record.last, self.record.metrics = self.folder.last, self.folder.path / "metrics.jsonl"
             self.record.best_path = self.folder.best if self.val is not None else None
-        if not found:
+        if position is None:
             self._baseline()
             self._save()
 
@@ -243,10 +247,11 @@ class Session:
             self.samples += samples
             if step % self.settings.log_every == 0:
                 self._note(step, kind="step", epoch=self.epoch + 1, loss=loss, lr=rate)
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.done % LOOK_EVERY == 0:
             self.recent = watch.scales_of(self.q)
 
     def _end_epoch(self, seconds: float) -> None:
+        self._check_weights()
         loss = self.loss_sum / self.samples
         distributed.same_everywhere(self.q.buffers())
         score = self._score(self.q)
@@ -298,9 +303,7 @@ class Session:
     def _save(self, *, finished: bool = False) -> None:
         """Write the last checkpoint, if everything in it is finite."""
         self._look()
-        broken = non_finite(self.q)
-        if distributed.add_over_ranks([float(broken is not None)])[0]:
-            self._diverge(f"'{broken or 'a weight'}' holds NaN or infinity after step {self._step()}")
+        self._check_weights()
         if not self.folder:
             return
         moments, rest = flatten_optimizer(self.optimizer)
@@ -308,6 +311,13 @@ class Session:
         for rank, state in enumerate(distributed.together(self.feed.streams.state())):
             tensors |= named(f"random.{rank}", state)
         self.folder.write(tensors, {**self._metadata(), "optimizer": rest, "finished": finished})
+
+    def _check_weights(self) -> None:
+        """Go back to the last good state where a weight, a statistic or a scale is no longer finite."""
+        found = non_finite(self.q.state_dict().items())
+        broken = next((name for name in found if name not in self.infinite), None)
+        if distributed.add_over_ranks([float(broken is not None)])[0]:
+            self._diverge(f"'{broken or 'a weight'}' holds NaN or infinity after step {self._step()}")
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -339,11 +349,14 @@ class Session:
         """Go back to the last good state and say what happened."""
         now = watch.scales_of(self.q)
         found = watch.worst(self.recent if watch.all_lost(now) else now, self.scales)
-        whose = f"; the scale of '{found[0]}' moved most, by a factor of {found[1]:.3g}" if found else ""
+        whose = "; no scale has moved"
+        if found:
+            whose = f"; the scale of '{found[0]}' moved most, by a factor of {found[1]:.3g}"
         if self.folder and self.folder.last.exists():
             metadata, tensors = read_checkpoint(self.folder.last)
-            if metadata["bits"] is not None:
-                stages.enter(self.q, self.targets, metadata["bits"], search=False)
+            if self.settings.bits:
+                bits = metadata["bits"] or self.settings.bits[-1]
+                stages.enter(self.q, self.targets, bits, search=False)
             good, place = section(tensors, "model."), f"the last good checkpoint, '{self.folder.last}'"
         else:
             good, place = self.good, "the start of the epoch" if self.good else "its start"

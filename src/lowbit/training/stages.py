@@ -53,7 +53,8 @@ def stage_of(epoch: int, epochs: int, stages: int) -> tuple[int, int, int]:
 def enter(model: nn.Module, targets: Mapping[str, QuantSpec], bits: int, *, search: bool = True) -> list[str]:
     """Set every quantizer to the wider of `bits` and its target.
 
-    Where the width changes, activations keep their range; that of a weight is searched anew.
+    Where the width changes, activations keep their range; that of a weight is searched anew, and so it is
+    after a stage without quantization, in which the weight has moved.
 
     Args:
         search: False sets the width alone, for scales that are loaded next.
@@ -66,14 +67,15 @@ def enter(model: nn.Module, targets: Mapping[str, QuantSpec], bits: int, *, sear
     for path, quantizer in active(model).items():
         if path not in targets:
             continue
+        rested = quantizer.mode == "off" and bits != OFF
         quantizer.mode = "off" if bits == OFF else "quantize"
         for name in quantizer.learned:
             getattr(quantizer, name).requires_grad_(bits != OFF)
         wanted = targets[path] if bits == OFF else _widened(targets[path], bits)
-        if wanted == quantizer.spec:
+        layer = weights.get(id(quantizer))
+        if wanted == quantizer.spec and not (rested and layer is not None):
             continue
         changed.append(path)
-        layer = weights.get(id(quantizer))
         if search and layer is not None:
             weight = quantizer.reshaped(layer.weight.detach())
             choose = group_amin_amax if layer.weight_observer == "minmax" else least_error_range_of
@@ -87,7 +89,7 @@ def enter(model: nn.Module, targets: Mapping[str, QuantSpec], bits: int, *, sear
 
 
 def _widened(spec: QuantSpec, bits: int) -> QuantSpec:
-    return replace(spec, bits=bits) if spec.bits < bits else spec
+    return replace(spec, bits=bits, mid_rise=False) if spec.bits < bits else spec
 
 
 def _range(quantizer: Quantizer) -> tuple:  # type: ignore[type-arg]

@@ -7,7 +7,7 @@ is no tensor is JSON in the metadata.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.model import QuantizedModel
-from lowbit.nn.quantizer import Quantizer
 from lowbit.sealed import read_sealed, write_sealed
 
 __all__ = [
@@ -78,14 +77,11 @@ def copy_of_weights(q: QuantizedModel) -> dict[str, Tensor]:
 
 
 def load_weights(q: QuantizedModel, state: Mapping[str, Tensor], where: str) -> None:
-    """Weights, statistics and scales, in place; quantizers with a scale quantize and learn from then on.
+    """Weights, statistics and scales, in place.
 
     Raises:
         LowbitError: they belong to another model; `where` says where they come from.
     """
-    for module in q.modules():
-        if isinstance(module, Quantizer):
-            module.reach = None  # a state from before training has none
     try:
         q.load_state_dict(dict(state))
     except RuntimeError as error:
@@ -94,18 +90,13 @@ def load_weights(q: QuantizedModel, state: Mapping[str, Tensor], where: str) -> 
         raise LowbitError(
             f"'{where}' belongs to another model: {why} Pass the model it was made of"
         ) from None
-    for module in q.modules():
-        if isinstance(module, Quantizer) and module.ready:
-            module.observer, module.mode = None, "quantize"
-            module.learn()
 
 
-def non_finite(q: QuantizedModel) -> str | None:
-    """Name of the first weight, statistic or scale that holds NaN or infinity."""
-    for name, tensor in q.state_dict().items():
+def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """Names of those that hold NaN or infinity."""
+    for name, tensor in tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None
+            yield name
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

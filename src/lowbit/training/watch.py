@@ -20,7 +20,7 @@ def scales_of(model: nn.Module) -> dict[str, Tensor]:
 def worst(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> tuple[str, float] | None:
     """(path, factor) of the quantizer whose scale moved furthest: the largest |log ratio| of all.
 
-    NaN and infinity go before everything else; their factor is what they are.
+    NaN and infinity go before everything else; their factor is what they are. None when no scale has moved.
     """
     found: tuple[float, str, float] | None = None
     for name, scale in now.items():
@@ -32,7 +32,7 @@ def worst(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> tuple[str,
         distance = torch.where(ratio > 0, ratio, 2.0**-60).log().abs()
         far = float("inf") if len(broken) else distance.max().item()
         factor = broken[0].item() if len(broken) else ratio[distance.argmax()].item()
-        if found is None or far > found[0]:
+        if far > (found[0] if found else 0.0):
             found = far, name, factor
     return None if found is None else found[1:]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowbit.core.integer import bias_codes
-from lowbit.core.spec import PerChannel, PerGroup, QuantSpec, expand_to
+from lowbit.core.spec import PerChannel, PerGroup, PerTensor, QuantSpec, expand_to
 from lowbit.errors import LowbitError
 from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QEmbedding, QLayer, QLinear
 from lowbit.nn.quantizer import Quantizer
@@ -121,7 +121,7 @@ class _Weight(nn.Module):
         super().__init__()
         integer = source is not None
         q = layer.qweight() if source is None else layer.kernel_qweight(source.spec)
-        codes, spec, bits = q.codes, q.spec, layer.weight_quantizer.spec.bits
+        codes, spec, bits = q.codes, q.spec, layer.weight_quantizer.spec.code_bits
         self.attributes: dict[str, int] = {}
         self.is_half = spec.kind == "float"
         self.rows = codes.ndim
@@ -148,7 +148,7 @@ class _Weight(nn.Module):
             zero = zero.t() if zero is not None and zero.ndim == 2 else zero
         self.mark = "codes"
         if not self.is_half and bits <= 4:
-            self.mark = f"{NIBBLES_CAST}{1 << spec.bits - bits}" if integer else NIBBLES
+            self.mark = f"{NIBBLES_CAST}{1 << spec.code_bits - bits}" if integer else NIBBLES
         self.register_buffer(self.mark, codes.contiguous())
         if not self.is_half:
             self.register_buffer("scale", scale.contiguous().clone())
@@ -267,7 +267,12 @@ def _has_accumulator(layer: QLayer, source: Quantizer) -> bool:
     if weight.spec.kind != "int" or source.spec.kind != "int" or source.scale.numel() != 1:
         return False
     where = weight.spec.granularity
-    return not isinstance(where, PerChannel) or where.axis % weight.scale.ndim == layer.channel_axis
+    if isinstance(where, PerTensor):
+        return True
+    if not isinstance(where, PerChannel) or where.axis % weight.scale.ndim != layer.channel_axis:
+        return False
+    # the channels of a grouped transposed convolution are not those of one axis: W is [in, out / groups, ...]
+    return not (isinstance(layer, QConvTranspose2d) and layer.groups > 1)
 
 
 def _integer_bias(layer: QLayer, source: Quantizer) -> tuple[Tensor, Tensor]:

@@ -141,6 +141,7 @@ def _write(module: nn.Module, example: Inputs, path: Path) -> Path:
     proto = _export(module, example)
     _strip(proto)
     _pack_nibbles(proto)
+    _separate_zero_points(proto.graph)
     proto.ir_version = IR_VERSION
     with atomic_path(path) as temporary:
         onnx.save(proto, str(temporary))
@@ -262,6 +263,27 @@ def _unpacking(
         onnx.helper.make_node("Mul", [steps[0], times], [steps[1]], name=f"{target}.times"),
         onnx.helper.make_node("Cast", [steps[1]], [target], name=f"{target}.cast", to=wide),
     ]
+
+
+def _separate_zero_points(graph: onnx.GraphProto) -> None:
+    """Give each weight a zero point of its own: the exporter lets equal ones be shared.
+
+    Where the runtime avoids kernels that saturate it rewrites codes and zero points one node at a time, and
+    fails at a tensor that it has rewritten before.
+    """
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    constant = set(values) | {node.output[0] for node in graph.node if node.op_type == "Cast"}
+    taken: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[0] not in constant:
+            continue
+        name = node.input[2]
+        if name in taken:
+            own = onnx.TensorProto()
+            own.CopyFrom(values[name])
+            own.name = node.input[2] = f"{node.input[0]}.zero_point"
+            graph.initializer.append(own)
+        taken.add(name)
 
 
 def _replace(graph: onnx.GraphProto, old: onnx.TensorProto, new: onnx.TensorProto) -> None:
