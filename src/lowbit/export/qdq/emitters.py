@@ -152,7 +152,9 @@ class _Weight(nn.Module):
         self.register_buffer(self.mark, codes.contiguous())
         if not self.is_half:
             self.register_buffer("scale", scale.contiguous().clone())
-            if zero is None and integer:  # without it a layer with float output gets no integer kernel
+            # without it a layer with float output gets no integer kernel, and a runtime that avoids
+            # saturating kernels makes up one of the wrong shape
+            if zero is None and (integer or (bits > 4 and codes.dtype == torch.int8)):
                 zero = torch.zeros_like(scale, dtype=codes.dtype)
             self.register_buffer("zero_point", None if zero is None else zero.to(codes.dtype).contiguous())
 
