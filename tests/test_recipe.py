@@ -338,7 +338,7 @@ def test_presets_of_every_width(weight: int, inputs: int | None) -> None:
         assert rule is not None
         edge, addition = bool(operation.roles & {"first", "last"}), operation.op == "add"
         if not addition:
-            assert rule.weight == (INT8 if edge else replace(INT4, bits=weight))
+            assert rule.weight == (INT8 if edge else replace(INT4, bits=weight, mid_rise=weight <= 3))
         if inputs is None:
             assert rule.activation is None
         else:

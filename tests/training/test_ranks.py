@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,4 +70,4 @@ def test_rank_0_writes(folder: Path) -> None:
 def test_all_ranks_stop_at_a_loss_that_one_of_them_lost(folder: Path) -> None:
     told = [(folder / f"failure{rank}").read_text() for rank in (0, 1)]
     assert told[0] == told[1]
-    assert re.match(r"the loss is nan at step 1; the scale of '.+' moved most", told[0])
+    assert told[0].startswith("the loss is nan at step 1; no scale has moved")
