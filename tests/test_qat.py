@@ -20,6 +20,7 @@ from lowbit.core.spec import UINT8
 from lowbit.graph.inputs import Inputs
 from lowbit.nn.quantizer import Quantizer
 from lowbit.qat import Trainer
+from lowbit.training import stages
 from lowbit.training.state import read_checkpoint, section
 
 sys.path.insert(0, str(Path(__file__).with_name("training")))
@@ -347,6 +348,75 @@ def test_weights_that_are_lost_reach_no_checkpoint(tmp_path: Path) -> None:
     assert all(torch.isfinite(t).all() for t in held.values() if t.is_floating_point())
 
 
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_loss_lost_in_the_first_of_several_stages(folder: bool, tmp_path: Path) -> None:
+    """The scales at the start are those of the recipe's bits, not of the stage."""
+    net, q = model()
+    lowbit.calibrate(q, [next(iter(val()))])
+    want = {n: m.scale.clone() for n, m in q.named_modules() if isinstance(m, Quantizer)}
+
+    def loss(output: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, labels) * float("nan")
+
+    changes = settings(bits=(8, 4), loss=loss, distill=0.0, out=tmp_path if folder else None)
+    with pytest.raises(LowbitError, match="the loss is nan at step 1"):
+        Trainer(q, loader(), teacher=net, **changes).fit()
+    found = {n: m for n, m in q.named_modules() if isinstance(m, Quantizer)}
+    assert {m.spec.bits for m in found.values()} == {4, 8}
+    for name, scale in want.items():
+        assert torch.allclose(found[name].scale, scale, rtol=0.3), name
+
+
+def test_after_a_stage_in_float_the_ranges_of_weights_are_searched_anew() -> None:
+    _, q = model()
+    lowbit.calibrate(q, [next(iter(val()))])
+    targets = stages.targets_of(q)
+    stages.enter(q, targets, stages.OFF)
+    layer = q.get_submodule("graph.a")
+    before = layer.weight_quantizer.scale.detach().clone()
+    layer.weight.data.mul_(3)
+    assert "graph.a.weight_quantizer" in stages.enter(q, targets, 4)
+    assert torch.allclose(layer.weight_quantizer.scale, 3 * before)
+
+
+class Masked(nn.Module):
+    """A causal mask, which holds -inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.fc = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.register_buffer("mask", torch.full((5, 5), float("-inf")).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ x.transpose(1, 2) + self.mask
+        return self.fc((scores.softmax(-1) @ x).mean(1))
+
+
+def test_infinity_in_a_mask_is_no_divergence(tmp_path: Path) -> None:
+    x = torch.randn(8, 5, 4)
+    net = Masked().eval()
+    q = lowbit.prepare(net, "w8a8", x)
+    record = Trainer(q, [(x, torch.arange(8) % 3)], teacher=net, out=tmp_path).fit()
+    assert math.isfinite(record.epochs[-1].loss)
+
+
+def test_the_best_checkpoint_is_finite(tmp_path: Path) -> None:
+    """The last step of the epoch ruins the weights; a metric that does not look at them likes them best."""
+    net, q = model()
+    steps = iter(range(100))
+
+    def loss(output: Tensor, labels: Tensor) -> Tensor:
+        poison = (
+            (output * 0).sum().sqrt() if next(steps) == 3 + 6 else 0.0
+        )  # three batches of val judge the teacher first
+        return nn.functional.cross_entropy(output, labels) + poison
+
+    changes = settings(epochs=1, loss=loss, distill=0.0, out=tmp_path, metric=lambda *_: 1.0)
+    with pytest.raises(LowbitError, match="holds NaN or infinity after step 7"):
+        Trainer(q, loader(), val(), teacher=net, **changes).fit()
+    assert not (tmp_path / "best.safetensors").exists()
+
+
 def stream() -> Iterator[Any]:
     yield from loader()
 
@@ -363,6 +433,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no labels to judge": ({"val": [X]}, "val has no labels.*leave val out"),
     "read once": ({"train": stream()}, "train is a generator, which can be read only once"),
     "one tensor": ({"train": X}, "train is a Tensor; pass a DataLoader"),
+    "patience without val": (
+        {"val": None, "patience": 2},
+        "patience=2 goes by the metric on validation data; pass val",
+    ),
+    "best without val": ({"val": None, "restore": "best"}, "restore='best' goes by the metric"),
     "a number": ({"val": 3}, "val is a int; pass a DataLoader"),
     "no batch": ({"train": []}, "train holds no batch"),
     "no length": ({"train": DataLoader(Endless(), 8)}, "pass steps_per_epoch"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,37 @@ def test_specs_without_an_accumulator_keep_float_biases(label: str, tmp_path: Pa
     data = [torch.randn(8, 3, 8, 8)]
     q = lowbit.quantize(model, Recipe(rules=(MIXED[label],)), data)
     assert lowbit.verify(q, lowbit.export.onnx(q, tmp_path / "m.onnx"), data).ok
+
+
+TRANSPOSED = {
+    "one scale for each channel": Rule(weight=INT8, activation=UINT8),
+    "groups": Rule(weight=QuantSpec(bits=8, granularity=PerGroup(1, 2)), activation=UINT8),
+}
+
+
+@pytest.mark.parametrize("label", TRANSPOSED)
+def test_transposed_convolution_in_groups(label: str, tmp_path: Path) -> None:
+    """Its output channels lie on no one axis of the weight, so its sums have no one scale each."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3, groups=2))
+    data = [torch.randn(8, 3, 8, 8)]
+    rule = Rule(match="role:first", weight=INT8, activation=UINT8)
+    q = lowbit.quantize(model, Recipe(rules=(rule, TRANSPOSED[label])), data)
+    assert lowbit.verify(q, lowbit.export.onnx(q, tmp_path / "m.onnx"), data).ok
+
+
+@pytest.mark.parametrize(
+    ("instructions", "says"),
+    [(("avx2",), "no VNNI"), (("avx2", "avx512_vnni"), ""), (("neon",), ""), (None, "")],
+)
+def test_a_processor_that_saturates_is_named(
+    instructions: Any, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runtime, "instructions", lambda: instructions)
+    model, data = build("two inputs")
+    q = lowbit.quantize(model, "w8a8", data)
+    parity = lowbit.verify(q, lowbit.export.onnx(q, tmp_path / "m.onnx"), data)
+    assert bool(parity.advice) == bool(says)
+    assert says in str(parity)
 
 
 class Unpooled(nn.Module):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lowbit
-from lowbit import LowbitError
+from lowbit import LowbitError, distributed
 from lowbit.core.affine import choose_qparams
 from lowbit.core.ranges import least_error_range_of
 from lowbit.graph.inputs import Inputs
@@ -368,3 +368,15 @@ def test_settings_that_decide() -> None:
     assert deciding["bits"] == [4]
     assert "out" not in deciding
     assert json.loads(json.dumps(deciding)) == deciding
+
+
+@pytest.mark.parametrize(("device", "refused"), [("cpu", False), ("cuda:0", True), ("cuda:1", False)])
+def test_each_rank_has_a_gpu_of_its_own(device: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if refused:
+        with pytest.raises(LowbitError, match=r"rank 1 is on cuda:0.*q.to\('cuda:1'\)"):
+            distributed.check_device(torch.device(device))
+    else:
+        distributed.check_device(torch.device(device))

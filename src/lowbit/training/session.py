@@ -17,7 +17,7 @@ from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 from lowbit.progress import track
 from lowbit.scales import calibrate_for_training
-from lowbit.training import stages, watch
+from lowbit.training import stages
 from lowbit.training.batches import Batch
 from lowbit.training.batchnorm import batchnorms, reestimate, set_frozen
 from lowbit.training.evaluate import Score, evaluate
@@ -34,10 +34,10 @@ from lowbit.training.state import (
     load_optimizer,
     load_weights,
     named,
-    non_finite,
     read_checkpoint,
     section,
 )
+from lowbit.training.watch import Watch
 
 __all__ = ["Session"]
 
@@ -83,16 +83,12 @@ class Session:
         self.best: dict[str, Tensor] = {}
         # random numbers of the checkpoint that is gone on with
         self.random: dict[str, Tensor] = {}
-        # scales at the start of the stage, and some steps ago, when the loss was still finite
-        self.scales: dict[str, Tensor] = {}
-        self.recent: dict[str, Tensor] = {}
 
     def run(self) -> Run:
         """Everything that `Trainer.fit` promises."""
         self.feed.check(labels=self.objective.needs_labels)
         found = self.folder.found() if self.folder else None
-        # what no training puts right or wrong, such as the -inf of an attention mask
-        self.infinite = frozenset(non_finite(self.q.named_buffers()))
+        self.watch = Watch(self.q)
         if found:
             load_weights(self.q, section(found[1], "model."), str(self.folder and self.folder.last))
         else:
@@ -190,7 +186,7 @@ class Session:
         if self.phase == (bits, frozen):
             return
         self.phase = bits, frozen
-        self.scales = self.recent = watch.scales_of(q)
+        self.watch.begin()
         self.model = q
         if distributed.world() > 1:
             # the parameters that get a gradient are the same in every step of a phase, not over phases
@@ -248,7 +244,7 @@ class Session:
             if step % self.settings.log_every == 0:
                 self._note(step, kind="step", epoch=self.epoch + 1, loss=loss, lr=rate)
         if self.device.type != "cpu" or self.done % LOOK_EVERY == 0:
-            self.recent = watch.scales_of(self.q)
+            self.watch.look()
 
     def _end_epoch(self, seconds: float) -> None:
         self._check_weights()
@@ -314,8 +310,7 @@ class Session:
 
     def _check_weights(self) -> None:
         """Go back to the last good state where a weight, a statistic or a scale is no longer finite."""
-        found = non_finite(self.q.state_dict().items())
-        broken = next((name for name in found if name not in self.infinite), None)
+        broken = self.watch.broken()
         if distributed.add_over_ranks([float(broken is not None)])[0]:
             self._diverge(f"'{broken or 'a weight'}' holds NaN or infinity after step {self._step()}")
 
@@ -347,11 +342,7 @@ class Session:
 
     def _diverge(self, what: str) -> NoReturn:
         """Go back to the last good state and say what happened."""
-        now = watch.scales_of(self.q)
-        found = watch.worst(self.recent if watch.all_lost(now) else now, self.scales)
-        whose = "; no scale has moved"
-        if found:
-            whose = f"; the scale of '{found[0]}' moved most, by a factor of {found[1]:.3g}"
+        whose = self.watch.blame()
         if self.folder and self.folder.last.exists():
             metadata, tensors = read_checkpoint(self.folder.last)
             if self.settings.bits:
@@ -364,7 +355,7 @@ class Session:
             load_weights(self.q, good, place)
         self.pending = []
         raise LowbitError(
-            f"{what}{whose}. The model is back at {place}. Lower lr (it was {self.pace.lr:g}) or scale_lr, "
+            f"{what}; {whose}. The model is back at {place}. Lower lr (it was {self.pace.lr:g}) or scale_lr, "
             "set clip_norm, or look for NaN in the data"
         )
 

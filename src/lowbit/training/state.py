@@ -7,7 +7,7 @@ is no tensor is JSON in the metadata.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ __all__ = [
     "load_optimizer",
     "load_weights",
     "named",
-    "non_finite",
     "plain",
     "read_checkpoint",
     "section",
@@ -90,13 +89,6 @@ def load_weights(q: QuantizedModel, state: Mapping[str, Tensor], where: str) -> 
         raise LowbitError(
             f"'{where}' belongs to another model: {why} Pass the model it was made of"
         ) from None
-
-
-def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-    """Names of those that hold NaN or infinity."""
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            yield name
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
