@@ -3,7 +3,7 @@
     python benchmarks/qat.py --data DIR --out runs                                   # the protocol
     python benchmarks/qat.py --data DIR --out runs --bf16 --studies long --epochs 10
     python benchmarks/qat.py --data DIR --out studies --bf16 --images 12800 \\
-        --studies ptq estimators granularity rates batchnorm --plot docs/learning_rates.svg
+        --studies ptq estimators granularity codes rates batchnorm --plot docs/learning_rates.svg
 
 Protocol QAT-1ep: from the float network, one epoch over the 50,000 training images (random crop with padding
 4, random flip), batch 128, the Trainer's default settings with the float network as teacher; what the weights
@@ -48,7 +48,7 @@ NAMES = ("w4a4", "w3a3", "w2a2")
 ONE_EPOCH = {"w4a4": 92.0, "w3a3": 91.2, "w2a2": 86.0}
 LONG = {"w4a4": 92.5, "w3a3": 92.2, "w2a2": 90.8}
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-STUDIES = ("protocol", "ptq", "estimators", "granularity", "rates", "batchnorm", "long")
+STUDIES = ("protocol", "ptq", "estimators", "granularity", "codes", "rates", "batchnorm", "long")
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,19 @@ def granularity(bench: Bench) -> tuple[list[Table], list[Claim]]:
     return [compare_runs(bench, "granularity of weights, one epoch", "weights", variants, "granularity")], []
 
 
+def codes(bench: Bench) -> tuple[list[Table], list[Claim]]:
+    """Weights with odd codes, as many on either side, or with a code for zero."""
+    variants = {}
+    for name in ("w3a3", "w2a2"):
+        odd = preset(name)
+        rules = tuple(
+            replace(rule, weight=replace(rule.weight, mid_rise=False)) if rule.weight else rule
+            for rule in odd.rules
+        )
+        variants |= {f"{name} odd": (odd, {}), f"{name} with a zero": (replace(odd, rules=rules), {})}
+    return [compare_runs(bench, "codes of weights, one epoch", "codes", variants, "codes")], []
+
+
 def batchnorm(bench: Bench) -> tuple[list[Table], list[Claim]]:
     """What becomes of BatchNorm in training."""
     keep = preset("w2a2")
@@ -272,7 +285,7 @@ def long(bench: Bench) -> tuple[list[Table], list[Claim]]:
     return [table], claims
 
 
-RUN = dict(zip(STUDIES, (protocol, ptq, gradients, granularity, rates, batchnorm, long), strict=True))
+RUN = dict(zip(STUDIES, (protocol, ptq, gradients, granularity, codes, rates, batchnorm, long), strict=True))
 
 
 def main() -> int:
