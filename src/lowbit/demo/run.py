@@ -221,13 +221,13 @@ def _parity_table(parity: dict[str, Any]) -> str:
         simulated = sum(layer.codes * layer.simulation_equal for layer in found.layers) / codes
         worst = max(layer.max_lsb for layer in found.layers)
         rows.append((f"{preset}.onnx", f"{codes:,}", _percent(equal), str(worst), _percent(simulated)))
-    samples = next(iter(parity.values())).samples
+    first = next(iter(parity.values()))
     header = ("file", "codes", "equal to integers", "largest difference", "equal to simulation")
     return (
-        f"Is the file the network that was measured? Every code inside it, on {samples} images, as\n"
+        f"Is the file the network that was measured? Every code inside it, on {first.samples} images, as\n"
         f"ONNX Runtime computes it, against exact integers, and against PyTorch's simulation, whose\n"
         f"rounding turns a code now and then:\n\n"
-        f"{text_table(header, rows)}"
+        f"{text_table(header, rows)}" + (f"\n{first.advice}" if first.advice else "")
     )
 
 
