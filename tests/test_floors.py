@@ -14,7 +14,8 @@ SRC = Path(lowbit.__file__).parent
 # The longest prefix decides. "" is lowbit/__init__.py: the public names, which only the top floor may use.
 FLOORS = {
     **dict.fromkeys(("core", "decompose", "kernels", "demo"), 0),
-    **dict.fromkeys(("errors", "files", "progress", "registry", "sealed", "tables", "distributed"), 0),
+    **dict.fromkeys(("errors", "files", "processor", "progress", "registry", "sealed", "tables"), 0),
+    "distributed": 0,
     **dict.fromkeys(("recipe", "nn", "graph"), 1),
     **dict.fromkeys(("passes", "cost", "coverage", "model", "scales", "training"), 2),
     **dict.fromkeys(("ptq", "qat", "search", "export", "reference", "verify", "compare", "advise"), 3),

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from lowbit import kernels
+from lowbit.processor import instructions
 from lowbit.tables import text_table
 
-__all__ = ["Environment", "environment", "instructions"]
+__all__ = ["Environment", "environment"]
 
 # package: what lowbit does with it
 OPTIONAL = {
@@ -22,11 +23,6 @@ OPTIONAL = {
     "openvino": "runs and times ONNX files",
     "tensorboardX": "writes events of training",
 }
-# those that decide which kernels of PyTorch and of the runtimes are used, by the names of x86 and ARM
-INSTRUCTIONS = (
-    *("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
-    *("neon", "dot", "i8mm", "bf16", "sve", "sve2"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +41,7 @@ class Environment:
     gpu: str | None
     # what quantizes in training: "native, AVX512", or "pure torch: " and the reason
     kernels: str
-    # those of INSTRUCTIONS that the processor has; None where PyTorch cannot tell
+    # those that decide about kernels; None where PyTorch cannot tell
     instructions: tuple[str, ...] | None
     # version of each optional package; None where it is missing
     packages: dict[str, str | None]
@@ -88,11 +84,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def instructions() -> tuple[str, ...] | None:
-    """Those of INSTRUCTIONS that the processor has; None where PyTorch cannot tell."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # it came after PyTorch 2.11
-        return None
-    has = torch.cpu.get_capabilities()
-    return tuple(name for name in INSTRUCTIONS if has.get(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowbit.environment import instructions
+from lowbit.processor import instructions
 
 __all__ = ["PRECISE", "advice", "session"]
 
