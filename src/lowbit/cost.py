@@ -14,7 +14,7 @@ from lowbit.graph.ops import kind_of, module_label, module_of
 from lowbit.nn.layers import BoundLayer, QLayer
 from lowbit.nn.quantizer import Quantizer
 
-__all__ = ["Cost", "LayerCost", "cost_of"]
+__all__ = ["Cost", "LayerCost", "cost_of", "stored_bytes"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _layer_cost(name: str, layer: nn.Module, input_bits: int, calls: _Shapes, *,
         weights=count if first else 0,
         weight_bits=spec.bits if spec else 32,
         input_bits=input_bits,
-        weight_bytes=_bytes(tuple(weight.shape), spec) if first else 0,
+        weight_bytes=stored_bytes(tuple(weight.shape), spec) if first else 0,
         bias_bytes=4 * bias.numel() if first and bias is not None else 0,
         macs=sum(_macs(layer, source, out, count) for source, out in calls),
     )
@@ -121,8 +121,8 @@ def _frozen(layer: nn.Module) -> bool:
     return isinstance(layer, QLayer) and layer.frozen_spec is not None
 
 
-def _bytes(shape: tuple[int, ...], spec: QuantSpec | None) -> int:
-    """As stored on disk: codes of up to 8 bits are packed, wider ones take whole bytes."""
+def stored_bytes(shape: tuple[int, ...], spec: QuantSpec | None) -> int:
+    """Bytes of a weight on disk: codes packed up to 8 bits, in whole bytes above, scales and zero points."""
     if spec is None:
         return 4 * math.prod(shape)
     width = spec.bits if spec.bits <= 8 else 8 * spec.dtype.itemsize

@@ -15,7 +15,7 @@ from lowbit.core.spec import FP16, INT4, INT8, UINT8, Granularity, PerChannel, P
 from lowbit.errors import LowbitError, near_miss
 from lowbit.files import atomic_path
 
-__all__ = ["SPECS", "Recipe", "Rule", "Target", "preset", "presets"]
+__all__ = ["SPECS", "Recipe", "Rule", "Target", "exactly", "preset", "presets"]
 
 REFINEMENTS = ("bias_correct", "affine_correct")
 
@@ -103,6 +103,12 @@ class Rule:
         if kind == "role":
             return pattern in target.roles
         return fnmatch.fnmatchcase(target.name, self.match)
+
+
+def exactly(name: str) -> str:
+    """The `match` of a rule that is about one name and no other."""
+    special = any(c in name for c in "*?[") or name.partition(":")[0] in ("re", "type", "role")
+    return f"re:{re.escape(name)}" if special else name
 
 
 @dataclass(frozen=True, kw_only=True)

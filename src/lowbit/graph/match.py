@@ -22,6 +22,7 @@ __all__ = [
     "is_folded_later",
     "is_global_pool",
     "layer_nodes",
+    "operands",
     "operations",
     "path_name",
     "quantizer_of",
@@ -162,6 +163,11 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
     fx.node.map_arg((node.args, node.kwargs), collect)
     return [n for n in found if is_tensor(n)]
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Activations that an integer kernel reads."""
+    return tensor_inputs(node)[: 1 if kind_of(node) == "layer" else None]
 
 
 def batchnorms(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:

@@ -12,13 +12,13 @@ from lowbit.errors import LowbitError
 from lowbit.graph.match import (
     hidden_layers,
     is_folded_later,
+    operands,
     operations,
     path_name,
     quantizer_of,
     rule_name,
     source_of,
     tail_of,
-    tensor_inputs,
 )
 from lowbit.graph.ops import INTEGER, kind_of, module_of
 from lowbit.graph.rewrite import finish, insert_after, swap
@@ -82,7 +82,7 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     rules = {d.name: d.rule for d in decisions}
     wanted: dict[fx.Node, Rule] = {}
     for node, rule in _integer_nodes(gm, rules):
-        for operand in _operands(node):
+        for operand in operands(node):
             source = source_of(operand)
             wanted[source] = max(wanted.get(source, rule), rule, key=_bits)
     for node, rule in _integer_nodes(gm, rules):
@@ -106,7 +106,7 @@ def _narrow(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> None:
     """A second quantizer, behind the one that all readers share, for those that ask for fewer bits."""
     asking: dict[tuple[fx.Node, int], list[tuple[fx.Node, Rule]]] = {}
     for node, rule in _integer_nodes(gm, rules):
-        for operand in _operands(node):
+        for operand in operands(node):
             wide = quantizer_of(operand)
             if wide is not None and wide.spec.bits > _bits(rule):
                 asking.setdefault((operand, _bits(rule)), []).append((node, rule))
@@ -122,11 +122,6 @@ def _path_behind(node: fx.Node) -> str:
     layer = node.args[0] if is_folded_later(node) else node
     assert isinstance(layer, fx.Node)
     return f"{QUANTIZERS}.{layer.name}"
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """Activations that an integer kernel reads."""
-    return tensor_inputs(node)[: 1 if kind_of(node) == "layer" else None]
 
 
 def _activation_quantizer(rule: Rule) -> Quantizer:

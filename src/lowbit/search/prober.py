@@ -1,0 +1,194 @@
+"""Measures a network with some quantizers at other specs, without a copy or a new trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit.core.affine import group_amin_amax
+from lowbit.core.observers import MSE, Observer
+from lowbit.core.ranges import least_error_range_of
+from lowbit.core.spec import QuantSpec
+from lowbit.errors import LowbitError
+from lowbit.graph.cursor import Cursor
+from lowbit.graph.rewrite import swap
+from lowbit.graph.run import flat_tensors
+from lowbit.model import QuantizedModel
+from lowbit.nn.layers import QLayer
+from lowbit.nn.quantizer import Quantizer
+from lowbit.search.sites import Place
+from lowbit.training.batches import Batch
+from lowbit.training.losses import Objective, accuracy, logits_of
+
+__all__ = ["Choice", "Prober", "Sums"]
+
+# The spec of some places; None is float, and so is a place that is not named.
+Choice = Mapping[str, QuantSpec | None]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What was measured, summed over samples, so that parts add up."""
+
+    samples: float = 0.0
+    loss: float = 0.0
+    metric: float = 0.0
+    kl: float = 0.0
+    noise: float = 0.0
+    signal: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Outputs of the float network for one batch."""
+
+    outputs: list[Tensor]
+    # log-probabilities of the classes
+    log_p: Tensor
+
+
+class Prober:
+    """A prepared model, its data, and the range of every place at any spec."""
+
+    def __init__(
+        self, q: QuantizedModel, places: Sequence[Place], batches: Sequence[Batch], objective: Objective
+    ) -> None:
+        """Look at the float network: what each activation is like, and what the outputs are."""
+        self.q, self.gm, self.batches, self.objective = q, q.graph, batches, objective
+        self.places = {place.path: place for place in places}
+        self.labelled = all(batch.labels is not None for batch in batches)
+        self.ranges: dict[tuple[str, QuantSpec], tuple[Tensor, Tensor]] = {}
+        self.observers: dict[str, Observer] = {}
+        self.stand_ins = {path: _stand_in(place.quantizer) for path, place in self.places.items()}
+        self.references = self._look()
+
+    def _look(self) -> list[_Reference]:
+        for path, place in self.places.items():
+            if place.kind == "activation":
+                known = place.quantizer.observer
+                self.observers[path] = (MSE if known is None else type(known))(place.quantizer.spec)
+        found = []
+        with self.quantizing({}), torch.inference_mode():
+            for path, observer in self.observers.items():
+                self.stand_ins[path].observer = observer
+                self.stand_ins[path].mode = "observe"
+            for batch in self.batches:
+                output = batch.inputs.call(self.gm)
+                log_p = F.log_softmax(logits_of(output).double(), dim=self.objective.settings.class_axis)
+                found.append(_Reference(flat_tensors(output), log_p))
+        return found
+
+    @contextmanager
+    def quantizing(self, choice: Choice) -> Iterator[None]:
+        """While open, places have the specs of `choice`, others are in float; then all is as it was.
+
+        Quantizers that are no places stay as they are.
+        """
+        training = [(m, m.training) for m in self.gm.modules()]
+        self.gm.eval()
+        for path in self.places:
+            swap(self.gm, path, self.stand_ins[path])
+            self.set(path, choice.get(path))
+        try:
+            yield
+        finally:
+            for path, place in self.places.items():
+                swap(self.gm, path, place.quantizer)
+            for module, mode in training:
+                module.training = mode
+
+    @contextmanager
+    def in_float(self) -> Iterator[None]:
+        """While open, nothing quantizes, places or not: what is differentiated twice must be smooth."""
+        with self.quantizing({}):
+            others = [m for m in self.gm.modules() if isinstance(m, Quantizer)]
+            modes = [m.mode for m in others]
+            for quantizer in others:
+                quantizer.mode = "off"
+            try:
+                yield
+            finally:
+                for quantizer, mode in zip(others, modes, strict=True):
+                    quantizer.mode = mode
+
+    def set(self, path: str, spec: QuantSpec | None) -> None:
+        """Give one place another spec; only inside `quantizing`."""
+        place, quantizer = self.places[path], self.stand_ins[path]
+        quantizer.observer, quantizer.mode = None, "off"
+        if spec is not None:
+            quantizer.spec = place.applied(spec)
+            quantizer.set_range(*self.range_of(place, spec))
+            quantizer.mode = "quantize"
+
+    def range_of(self, place: Place, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        key = place.path, spec
+        if key not in self.ranges:
+            if isinstance(place.layer, QLayer):
+                weight = place.quantizer.reshaped(place.layer.weight.detach())
+                choose = group_amin_amax if place.layer.weight_observer == "minmax" else least_error_range_of
+                self.ranges[key] = choose(weight, place.applied(spec))
+            else:
+                observer = self.observers[place.path]
+                if not observer.batches:
+                    raise LowbitError(f"no data reached '{place.name}', so its bits cannot be chosen")
+                observer.spec = spec
+                self.ranges[key] = observer.range()
+        return self.ranges[key]
+
+    def cursor(self, which: Sequence[int]) -> Cursor:
+        """Before the first node, over some of the batches."""
+        return Cursor(self.gm, [self.batches[i].inputs for i in which])
+
+    def measure(self, which: Sequence[int], outputs: Sequence[Any]) -> Sums:
+        """Outputs of some of the batches, against labels and the float network.
+
+        Raises:
+            LowbitError: the metric is no number.
+        """
+        total = Sums()
+        for i, output in zip(which, outputs, strict=True):
+            total += self._measure_batch(self.batches[i], self.references[i], output)
+        return total
+
+    @torch.inference_mode()
+    def _measure_batch(self, batch: Batch, reference: _Reference, output: Any) -> Sums:
+        n, axis = batch.samples, self.objective.settings.class_axis
+        log_q = F.log_softmax(logits_of(output).double(), dim=axis)
+        kl = (reference.log_p.exp() * (reference.log_p - log_q)).sum(dim=axis).mean().item()
+        noise = signal = 0.0
+        for wanted, found in zip(reference.outputs, flat_tensors(output), strict=True):
+            noise += (wanted.double() - found.double()).square().sum().item()
+            signal += wanted.double().square().sum().item()
+        loss = metric = 0.0
+        if self.labelled:
+            loss = float(self.objective.task(output, batch.labels))
+            metric = self._metric(output, batch.labels)
+        return Sums(n, loss * n, metric * n, kl * n, noise, signal)
+
+    def _metric(self, output: Any, labels: Any) -> float:
+        settings = self.objective.settings
+        if not callable(settings.metric):
+            return accuracy(output, labels, settings.class_axis)
+        value = float(settings.metric(output, labels))
+        if math.isnan(value):
+            raise LowbitError(
+                "metric(output, labels) returned nan, which ranks nothing; return a finite number"
+            )
+        return value
+
+
+def _stand_in(quantizer: Quantizer) -> Quantizer:
+    """One that can be given any spec, while the real one stays as it is."""
+    made = Quantizer(quantizer.spec, observer=None)
+    made.is_weight, made.estimator = quantizer.is_weight, quantizer.estimator
+    return made

@@ -1,0 +1,294 @@
+"""The table of sensitivities against setting one quantizer by hand and running the whole network."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Fn, conv
+from torch import Tensor, nn
+
+import lowbit
+from lowbit import INT4, INT8, UINT8, LowbitError, QuantSpec, Recipe, Rule
+from lowbit.core.affine import choose_qparams
+from lowbit.core.observers import MSE
+from lowbit.core.ranges import least_error_range_of
+from lowbit.model import QuantizedModel
+from lowbit.nn.quantizer import Quantizer
+from lowbit.search import Sensitivity, sensitivity
+from lowbit.search.prober import Prober
+from lowbit.search.sites import narrowed
+
+RECIPE = Recipe(rules=(Rule(weight=INT8, activation=UINT8),))
+BITS = (8, 4, 2)
+
+
+def network() -> nn.Module:
+    """A shortcut, a layer called twice, and a pooled head."""
+    torch.manual_seed(0)
+    return Fn(
+        lambda m, x: m.fc(F.relu(m.b(F.relu(m.b(y := F.relu(m.a(x))))) + y).mean((2, 3))),
+        a=conv(3, 8),
+        b=conv(8, 8),
+        fc=nn.Linear(8, 5),
+    ).eval()
+
+
+def data(n: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(6, 3, 8, 8, generator=generator),
+            torch.randint(0, 5, (6,), generator=generator),
+        )
+        for _ in range(n)
+    ]
+
+
+def prepared(calibrated: bool = False) -> QuantizedModel:
+    q = lowbit.prepare(network(), RECIPE, data()[0][0])
+    return lowbit.calibrate(q, [x for x, _ in data()]) if calibrated else q
+
+
+@pytest.fixture(scope="module")
+def table() -> Sensitivity:
+    return sensitivity(prepared(), data(), bits=BITS)
+
+
+def by_hand(q: QuantizedModel, path: str, spec: QuantSpec) -> tuple[float, float, float, float]:
+    """(KL, noise over signal, loss gained, accuracy lost) from whole runs of a copy with one quantizer on."""
+    gm = copy.deepcopy(q.graph).eval()
+    quantizers = {n: m for n, m in gm.named_modules() if isinstance(m, Quantizer)}
+    for m in quantizers.values():
+        m.mode = "off"
+    x, y = torch.cat([x for x, _ in data()]), torch.cat([y for _, y in data()])
+    with torch.no_grad():
+        reference = gm(x)
+        one = quantizers[path]
+        if path.endswith("weight_quantizer"):
+            weight = gm.get_submodule(path.removesuffix(".weight_quantizer")).weight
+            ends = least_error_range_of(weight, spec)
+        else:
+            observer, seen = MSE(spec), []
+            handle = one.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            gm(x)
+            handle.remove()
+            for t in seen:
+                observer.update(t)
+            ends = observer.range()
+        one.spec = spec
+        one.scale, one.zero_point = choose_qparams(*ends, spec)
+        one.mode = "quantize"
+        output = gm(x)
+    p, q_ = reference.double().log_softmax(1), output.double().log_softmax(1)
+    kl = (p.exp() * (p - q_)).sum(1).mean().item()
+    noise = ((reference - output).double().square().sum() / reference.double().square().sum()).item()
+    loss = (F.cross_entropy(output, y) - F.cross_entropy(reference, y)).item()
+    right = [(t.argmax(1) == y).float().mean().item() for t in (reference, output)]
+    return kl, noise, loss, right[0] - right[1]
+
+
+def test_every_probe_is_what_a_whole_run_gives(table: Sensitivity) -> None:
+    q = prepared()
+    assert [s.name for s in table if s.kind == "weight"] == ["a", "b", "fc"]
+    assert len([s for s in table if s.kind == "activation"]) >= 4
+    for site in table:
+        assert len(site.probes) == len(BITS)
+        for probe in site.probes:
+            kl, noise, loss, drop = by_hand(q, site.path, probe.spec)
+            assert probe.kl == pytest.approx(kl, rel=1e-2, abs=1e-9)
+            assert probe.noise == pytest.approx(noise, rel=1e-2, abs=1e-12)
+            assert probe.loss == pytest.approx(loss, rel=1e-3, abs=1e-6)
+            assert probe.drop == pytest.approx(drop, abs=1e-6)
+
+
+def test_fewer_bits_cost_more(table: Sensitivity) -> None:
+    for site in table:
+        assert site.probes[0].kl < site.probes[-1].kl
+        assert site.probes[0].fisher < site.probes[-1].fisher  # type: ignore[operator]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    q = prepared(calibrated=True).train()
+    modules, state = dict(q.named_modules()), copy.deepcopy(q.state_dict())
+    modes = {n: m.mode for n, m in q.named_modules() if isinstance(m, Quantizer)}
+    sensitivity(q, data(), bits=BITS)
+    assert q.training
+    assert all(q.get_submodule(n) is m for n, m in modules.items() if n)
+    assert q.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[n]) for n, t in q.state_dict().items())
+    assert modes == {n: m.mode for n, m in q.named_modules() if isinstance(m, Quantizer)}
+
+
+def test_what_is_not_asked_for_stays_quantized() -> None:
+    """Activations calibrated before are part of the reference."""
+    alone = sensitivity(prepared(), data(), bits=BITS, kinds=("weight",), curvature=False)
+    among = sensitivity(prepared(calibrated=True), data(), bits=BITS, kinds=("weight",), curvature=False)
+    assert {s.kind for s in among} == {"weight"}
+    assert alone.loss != among.loss
+
+
+def test_memory_changes_nothing_but_the_parts(table: Sensitivity) -> None:
+    small = sensitivity(prepared(), data(), bits=BITS, memory=1)
+    for one, other in zip(table, small, strict=True):
+        for a, b in zip(one.probes, other.probes, strict=True):
+            assert a.kl == pytest.approx(b.kl, rel=1e-6, abs=1e-12)
+            assert a.noise == pytest.approx(b.noise, rel=1e-6)
+
+
+class KilledError(Exception):
+    pass
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, stop: int = 10**9) -> list[int]:
+    """Counts runs of the network in `calls[0]`; the one of number `stop` fails."""
+    calls, measure = [0], Prober.measure
+
+    def watched(self: Prober, which: Sequence[int], outputs: Sequence[Any]) -> Any:
+        calls[0] += 1
+        if calls[0] == stop:
+            raise KilledError
+        return measure(self, which, outputs)
+
+    monkeypatch.setattr(Prober, "measure", watched)
+    return calls
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["between lines", "inside a line"])
+def test_interrupted_it_goes_on(
+    torn: bool, table: Sensitivity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch, stop=8)
+    with pytest.raises(KilledError):
+        sensitivity(prepared(), data(), bits=BITS, out=tmp_path)
+    journal = tmp_path / "probes.jsonl"
+    if torn:
+        journal.write_text(journal.read_text()[:-7])
+    done = len(journal.read_text().splitlines()) - 1 - torn
+    assert done == 6 - torn, "the reference is run first"
+    monkeypatch.undo()
+    calls = counted(monkeypatch)
+    again = sensitivity(prepared(), data(), bits=BITS, out=tmp_path)
+    total = sum(len(site.probes) for site in table)
+    assert calls[0] == 1 + total - done
+    assert again == table
+    assert sensitivity(prepared(), data(), bits=BITS, out=tmp_path) == table
+
+
+def test_more_candidates_cost_only_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sensitivity(prepared(), data(), bits=(8, 4), out=tmp_path)
+    calls = counted(monkeypatch)
+    table = sensitivity(prepared(), data(), bits=(8, 4, 2), out=tmp_path)
+    assert calls[0] == 1 + len(table.sites)
+    assert table == sensitivity(prepared(), data(), bits=(8, 4, 2))
+
+
+def test_probes_of_something_else_are_refused(tmp_path: Path) -> None:
+    sensitivity(prepared(), data(), bits=(8,), out=tmp_path)
+    other = [(x + 1, y) for x, y in data()]
+    with pytest.raises(LowbitError, match=r"measured with data = '\w+', and now it is '\w+'.*another folder"):
+        sensitivity(prepared(), other, bits=(8,), out=tmp_path)
+    q = prepared()
+    q.graph.a.weight.data.mul_(2)
+    with pytest.raises(LowbitError, match="measured with model = "):
+        sensitivity(q, data(), bits=(8,), out=tmp_path)
+    (tmp_path / "probes.jsonl").write_text('{"format": 1}\n[]\n')
+    with pytest.raises(LowbitError, match="was measured with model = None"):
+        sensitivity(q, data(), bits=(8,), out=tmp_path)
+
+
+def test_what_must_go_together(table: Sensitivity) -> None:
+    """Both operands of the addition have one rule, and so have both calls of the layer."""
+    add = [s for s in table if s.kind == "activation" and "add" in s.operations]
+    assert len(add) == 2
+    assert any({s.path for s in add} <= set(group) for group in table.groups)
+
+
+def test_candidates_may_be_specs() -> None:
+    odd = QuantSpec(bits=1, mid_rise=True, granularity=INT4.granularity)
+    table = sensitivity(prepared(), data(), bits=(4, odd), kinds=("weight",), curvature=False)
+    assert [p.spec for p in table.site("b").probes] == [INT4, odd]
+
+
+def test_narrow_weights_have_odd_codes_as_in_presets() -> None:
+    assert narrowed(INT8, 2, "weight") == replace(INT8, bits=2, mid_rise=True)
+    assert narrowed(INT8, 4, "weight") == INT4
+    assert narrowed(UINT8, 2, "activation") == replace(UINT8, bits=2)
+
+
+def test_without_labels_there_is_still_a_table() -> None:
+    table = sensitivity(prepared(), [x for x, _ in data()], bits=BITS)
+    probe = table.site("a").probes[-1]
+    assert (probe.loss, probe.drop, probe.fisher, table.metric) == (None, None, None, None)
+    assert probe.kl > 0
+
+
+def test_a_table_comes_back_from_its_file(table: Sensitivity, tmp_path: Path) -> None:
+    table.save(tmp_path / "table.json")
+    assert Sensitivity.load(tmp_path / "table.json") == table
+    assert "b" in str(table)
+    (tmp_path / "bad.json").write_text(json.dumps({"sites": 3}))
+    with pytest.raises(LowbitError, match="not a table of sensitivities"):
+        Sensitivity.load(tmp_path / "bad.json")
+    with pytest.raises(LowbitError, match="cannot be read"):
+        Sensitivity.load(tmp_path / "none.json")
+
+
+def test_the_curvature_of_a_quadratic_is_exact() -> None:
+    """One linear layer under a squared error: H is known, and so is what rounding costs."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3, bias=False)
+    x = torch.randn(64, 4)
+    q = lowbit.prepare(net, Recipe(rules=(Rule(weight=INT8),)), x)
+
+    def loss(output: Tensor, labels: Tensor) -> Tensor:
+        return (output - labels).square().sum(1).mean()
+
+    batch = [(x, net(x).detach() + torch.randn(64, 3))]
+    table = sensitivity(q, batch, bits=(3,), kinds=("weight",), loss=loss, metric=lambda o, _: -o.sum())
+    (probe,) = table.sites[0].probes
+    spec = probe.spec
+    d = q.graph.get_submodule(table.sites[0].path.removesuffix(".weight_quantizer")).weight.detach()
+    scale, _ = choose_qparams(*least_error_range_of(d, spec), spec)
+    change = lowbit.core.affine.fake_quantize(d, scale, None, spec) - d
+    trace = 3 * 2 * x.square().mean(0).sum().item()
+    assert probe.hessian == pytest.approx(0.5 * trace / 12 * change.square().sum().item(), rel=0.2)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no candidates": ({"bits": ()}, r"bits=\(\) leaves nothing to choose from"),
+    "no width": ({"bits": (0,)}, "bits=0 is not a whole number from 1 to 16"),
+    "half a bit": ({"bits": (2.5,)}, "bits entry 2.5"),
+    "a float spec": ({"bits": (lowbit.FP16,)}, "no integer"),
+    "unknown kind": ({"kinds": ("bias",)}, "'bias' is unknown; use weight and activation"),
+    "no data": ({"data": []}, "holds no batch with a sample"),
+    "nan": ({"metric": lambda *_: float("nan")}, "returned nan, which ranks nothing"),
+    "group that does not divide": (
+        {"bits": (QuantSpec(bits=4, granularity=lowbit.PerGroup(1, 5)),)},
+        "group size 5 does not divide",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    changes, message = BAD[name]
+    arguments = {"data": data(), "bits": (8,), "curvature": False, **changes}
+    with pytest.raises(LowbitError, match=message):
+        sensitivity(prepared(), arguments.pop("data"), **arguments)
+
+
+def test_models_without_a_choice() -> None:
+    q = lowbit.quantize(network(), RECIPE, [x for x, _ in data()])
+    with pytest.raises(LowbitError, match="frozen"):
+        sensitivity(q, data())
+    q = lowbit.prepare(network(), "fp16", data()[0][0])
+    with pytest.raises(LowbitError, match="no bits to choose"):
+        sensitivity(q, data())
