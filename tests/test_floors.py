@@ -20,7 +20,9 @@ FLOORS = {
     **dict.fromkeys(("passes", "cost", "coverage", "model", "scales", "training"), 2),
     **dict.fromkeys(("ptq", "qat", "search", "export", "reference", "verify", "compare", "advise"), 3),
     **dict.fromkeys(("bench", "contents", "environment", "report", "runtime"), 3),
-    **dict.fromkeys(("", "cli", "cli_inputs", "cli_options", "cli_output", "cli_train", "demo.run"), 4),
+    **dict.fromkeys(
+        ("", "cli", "cli_inputs", "cli_options", "cli_output", "cli_search", "cli_train", "demo.run"), 4
+    ),
 }
 FLOWS = ("ptq", "qat", "search")
 MODULES = {

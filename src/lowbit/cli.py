@@ -1,4 +1,4 @@
-"""The command line: `lowbit demo | quantize | train | export | verify | bench | inspect`.
+"""The command line: `lowbit demo | quantize | train | search | export | verify | bench | inspect`.
 
 Thin: it reads names, calls the library, prints. Text or, with --json, one JSON object goes to stdout;
 progress and whatever a model prints go to stderr. The exit code is 0, or 1 when an exported file is another
@@ -18,7 +18,7 @@ import typer
 import yaml
 
 import lowbit
-from lowbit import cli_inputs, cli_train
+from lowbit import cli_inputs, cli_search, cli_train
 from lowbit.cli_options import (
     BatchSize,
     Checkpoint,
@@ -257,6 +257,7 @@ def inspect(
 
 
 app.command()(cli_train.train)
+app.command()(cli_search.search)
 
 
 if __name__ == "__main__":

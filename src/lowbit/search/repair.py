@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.progress import track
-from lowbit.search.allocate import Allocation, Budget, Pins, free_of, groups_of, limits_of
+from lowbit.search.allocate import Allocation, Budget, Free, Pins, free_of, groups_of, limits_of
 from lowbit.search.prober import Prober, Sums
 from lowbit.search.solve import Resource, solve
+from lowbit.search.table import Site
 
 __all__ = ["Repaired", "measured", "repair"]
 
@@ -110,7 +111,7 @@ def _around(
     now: dict[str, QuantSpec],
     parts: Sequence[Sequence[int]],
     damage: float,
-    free: list,  # type: ignore[type-arg]
+    free: Free,
 ) -> list[dict[int, float]]:
     """For each item the options within a step, by number, and what the change alone does to the damage."""
     items = [
@@ -134,7 +135,7 @@ def _around(
     return found
 
 
-def _neighbours(site, options: list[int], spec: QuantSpec) -> Iterator[int]:  # type: ignore[no-untyped-def]
+def _neighbours(site: Site, options: list[int], spec: QuantSpec) -> Iterator[int]:
     """Numbers of the options next to the present one, in the order of their bits."""
     order = sorted(range(len(options)), key=lambda c: site.specs[options[c]].bits)
     at = next(k for k, c in enumerate(order) if site.specs[options[c]] == spec)
@@ -147,7 +148,7 @@ def _step(
     parts: Sequence[Sequence[int]],
     measure: str,
     marginal: list[dict[int, float]],
-    free: list,  # type: ignore[type-arg]
+    free: Free,
     limits: Sequence[Resource],
     groups: Sequence[Sequence[int]],
     damage: float,

@@ -1,0 +1,249 @@
+"""`lowbit search`: bits for a budget, measured, solved, checked; the answer is a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+import lowbit
+from lowbit import cli_inputs, distributed
+from lowbit.cli_options import BatchSize, Data, Json, Model, NumBatches, OptionalData, Weights
+from lowbit.cli_output import Answer, answering
+from lowbit.errors import LowbitError
+from lowbit.model import QuantizedModel
+from lowbit.search import Budget, Point, Sensitivity, allocate, minimum_bits, repair, sensitivity
+from lowbit.search.measure import prober_of
+from lowbit.search.sites import places_of
+from lowbit.search.table import KINDS
+from lowbit.training.batches import split
+from lowbit.training.losses import accuracy
+
+__all__ = ["search"]
+
+# activations are calibrated, and recipes evaluated, on so many batches of the data
+CALIBRATION = 8
+
+
+def search(
+    model: Model,
+    data: Data,
+    val: OptionalData = None,
+    compression: Annotated[float | None, typer.Option(help="float32 bytes over bytes, at least")] = None,
+    max_bytes: Annotated[int | None, typer.Option("--bytes", help="bytes on disk, at most")] = None,
+    average_bits: Annotated[float | None, typer.Option(help="bits a weight, at most")] = None,
+    bops: Annotated[float | None, typer.Option(help="bit operations a sample, at most")] = None,
+    min_accuracy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0.92|0.98x", help="smallest network with that accuracy, or part of the float one's"
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="preset or YAML file whose bits are chosen anew")] = "w8a8",
+    bits: Annotated[str, typer.Option(metavar="8,6,4,3,2", help="widths to choose from")] = "8,6,4,3,2",
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="activations keep the recipe's bits")
+    ] = False,
+    measure: Annotated[str, typer.Option(help="damage to add up: kl, loss, noise, fisher, hessian")] = "kl",
+    pin: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER=BITS", help="settle a layer; may be given again")
+    ] = None,
+    no_repair: Annotated[
+        bool, typer.Option("--no-repair", help="leave the answer as the table gives it")
+    ] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for all files")] = Path("out/search"),
+    weights: Weights = None,
+    num_batches: NumBatches = None,
+    batch_size: BatchSize = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the bits of every layer for a budget; stopped, the same command goes on where it was.
+
+    DIR gets probes.jsonl (every finished probe), table.json, and recipe.yaml, which `lowbit quantize` and
+    `lowbit train` take.
+    """
+    distributed.join()
+    asked: dict[str, Any] = {
+        "compression": compression,
+        "bytes": max_bytes,
+        "average_bits": average_bits,
+        "bops": bops,
+    }
+    budget = Budget(**asked) if any(v is not None for v in asked.values()) else None
+    if budget is None and min_accuracy is None:
+        raise LowbitError(
+            "a search needs a budget; give --compression, --bytes, --average-bits, --bops or --min-accuracy"
+        )
+    with answering(as_json, silent=distributed.rank() > 0) as answer:
+        task = _Task.of(model, weights, data, val, batch_size, num_batches, recipe)
+        pins = dict(map(_pin, pin or ()))
+        floor = None if min_accuracy is None else _floor(min_accuracy, task)
+        kinds = KINDS[:1] if weights_only else KINDS
+        q = task.prepared(weights_only)
+        widths = _widths(bits)
+        table = sensitivity(
+            q, task.data, bits=widths, kinds=kinds, out=out, curvature=measure in ("fisher", "hessian")
+        )
+        if distributed.rank() == 0:
+            table.save(out / "table.json")
+        answer.say(f"{table}\n")
+        point = _choose(task, table, budget, floor, measure, pins)
+        if not no_repair and point.allocation.measure in ("kl", "loss", "noise"):
+            point = _repaired(task, q, kinds, point, budget, pins, floor, answer)
+        _tell(task, table, point, out, answer)
+    if not point.holds:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The float model, its recipe, the data to measure on, and that to judge on."""
+
+    model: nn.Module
+    recipe: lowbit.Recipe
+    data: list[Any]
+    val: Iterable[Any]
+    val_name: str
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        weights: str | None,
+        data: str,
+        val: str | None,
+        batch_size: int | None,
+        num_batches: int | None,
+        recipe: str,
+    ) -> _Task:
+        network = cli_inputs.load_model(model, weights)
+        batches = list(cli_inputs.load_data(data, batch_size, num_batches))[:num_batches]
+        if not batches:
+            raise LowbitError("--data holds no batch; give at least one (1,000 samples are wise)")
+        held = None if val is None else cli_inputs.load_data(val, option="--val")
+        for option, found in (("--data", batches), ("--val", held)):
+            first = None if found is None else next(iter(found), None)
+            if first is not None and split(first).labels is None:
+                raise LowbitError(
+                    f"{option} has no labels, which accuracy needs; store them as y, or return batches (x, y)"
+                )
+        name = "the data that was searched on, for there is no --val" if held is None else "validation data"
+        return cls(network, lowbit.Recipe.get(recipe), batches, batches if held is None else held, name)
+
+    def prepared(self, weights_only: bool) -> QuantizedModel:
+        """Ready to be measured: BatchNorm folded, for that is faster and the same."""
+        recipe = replace(self.recipe, fold_bn="before", equalize=False)
+        q = lowbit.prepare(self.model, recipe, self.data[0])
+        if weights_only and recipe.quantizes_activations:
+            lowbit.calibrate(q, self.data[:CALIBRATION])
+        return q
+
+    def final(self, recipe: lowbit.Recipe) -> lowbit.Recipe:
+        """A recipe that was found, with what was set aside for measuring."""
+        return replace(recipe, fold_bn=self.recipe.fold_bn, equalize=self.recipe.equalize)
+
+    def evaluate(self, recipe: lowbit.Recipe) -> float:
+        """Accuracy after post-training quantization by a recipe."""
+        return self.accuracy(lowbit.quantize(self.model, self.final(recipe), self.data[:CALIBRATION]))
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of the judging data that is put in its class."""
+        right, samples = 0.0, 0
+        model.eval()
+        with torch.inference_mode():
+            for batch in map(split, self.val):
+                right += accuracy(batch.inputs.call(model), batch.labels) * batch.samples
+                samples += batch.samples
+        return right / max(1, samples)
+
+
+def _choose(
+    task: _Task,
+    table: Sensitivity,
+    budget: Budget | None,
+    floor: float | None,
+    measure: str,
+    pins: dict[str, int],
+) -> Point:
+    if floor is not None:
+        return minimum_bits(table, floor, task.evaluate, budget=budget, measure=measure, pins=pins)
+    assert budget is not None
+    found = allocate(table, budget, measure=measure, pins=pins)
+    return Point(found, task.evaluate(found.recipe))
+
+
+def _repaired(
+    task: _Task,
+    q: QuantizedModel,
+    kinds: tuple[str, ...],
+    point: Point,
+    budget: Budget | None,
+    pins: dict[str, int],
+    floor: float | None,
+    answer: Answer,
+) -> Point:
+    """The answer after true evaluations, where it is better; at a floor no larger than it is."""
+    within = budget if floor is None and budget is not None else Budget(bytes=point.allocation.bytes)
+    found = repair(prober_of(q, places_of(q, kinds), task.data), point.allocation, within, pins=pins)
+    answer.say(f"repair: {found}\n")
+    answer.record["repair"] = {"damage": found.damage, "changes": found.changes}
+    better = Point(found.allocation, task.evaluate(found.allocation.recipe), point.holds)
+    if floor is None:
+        return better
+    assert better.accuracy is not None
+    assert point.accuracy is not None
+    if better.accuracy >= max(floor, point.accuracy) or (
+        not point.holds and better.accuracy > point.accuracy
+    ):
+        return replace(better, holds=better.accuracy >= floor)
+    return point
+
+
+def _tell(task: _Task, table: Sensitivity, point: Point, out: Path, answer: Answer) -> None:
+    whole = task.accuracy(task.model)
+    recipe = task.final(point.allocation.recipe)
+    if distributed.rank() == 0:
+        recipe.save(out / "recipe.yaml")
+    answer.say(point)
+    answer.say(f"float accuracy {whole:.4f}; both on {task.val_name}\nrecipe: {out / 'recipe.yaml'}")
+    found = point.allocation
+    answer.record |= {
+        "accuracy": point.accuracy,
+        "float_accuracy": whole,
+        "holds": point.holds,
+        "bytes": found.bytes,
+        "float_bytes": table.float_bytes,
+        "compression": found.compression,
+        "average_bits": found.average_bits,
+        "bops": found.bops,
+        "recipe": recipe.to_dict(),
+        "file": out / "recipe.yaml",
+        "bits": {site.path: found.specs[site.path].bits for site in table},
+    }
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise LowbitError(f"--bits '{text}' is not a list of numbers such as 8,6,4,3,2")
+    return tuple(int(part) for part in parts)
+
+
+def _pin(text: str) -> tuple[str, int]:
+    name, equals, bits = text.rpartition("=")
+    if not equals or not name or not bits.isdecimal():
+        raise LowbitError(f"--pin '{text}' is not of the form LAYER=BITS, such as conv1=8")
+    return name, int(bits)
+
+
+def _floor(text: str, task: _Task) -> float:
+    found = re.fullmatch(r"(\d*\.?\d+)(x?)", text)
+    if found is None or not 0 < float(found[1]) <= 1:
+        raise LowbitError(f"--min-accuracy '{text}' is neither a share such as 0.92 nor a part such as 0.98x")
+    return float(found[1]) * (task.accuracy(task.model) if found[2] else 1.0)
