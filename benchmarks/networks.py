@@ -105,6 +105,30 @@ class CifarResNetB(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+class SmallVgg(nn.Module):
+    """Six 3x3 convolutions with BatchNorm in three stages (Simonyan, Zisserman 2015, in small)."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128), classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = 3
+        for width in widths:
+            for _ in range(2):
+                layers += [
+                    nn.Conv2d(inputs, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
+                inputs = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Linear(inputs * 16, 128), nn.ReLU(), nn.Linear(128, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, 3, 32, 32] -> logits [B, classes]."""
+        return self.classifier(self.features(x).flatten(1))
+
+
 class ResNet18(nn.Module):
     """ResNet-18 for ImageNet in torchvision's structure."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.deployables import DEPLOYABLES, build
+from deployables import DEPLOYABLES, build
 from torch import nn
 
 import lowbit
