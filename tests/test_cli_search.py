@@ -115,3 +115,11 @@ def test_bad_input(name: str, script: str, tmp_path: Path, capsys: pytest.Captur
 def test_data_without_labels(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(script, tmp_path / "s", "--average-bits", "4", "--data", f"{script}:unlabelled") == 2
     assert "--data has no labels, which accuracy needs" in capsys.readouterr().err
+
+
+def test_a_budget_of_latency(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    assert run(script, tmp_path / "s", "--latency", "1000", "--weights-only", "--no-repair", "--json") == 0
+    told = answer(capsys)
+    assert 0 < told["latency_ms"] < 1000
+    assert set(told["bits"].values()) == {8}, "nothing else was asked"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,3 +123,40 @@ def test_before_and_after_freezing() -> None:
     assert lowbit.freeze(q).cost() == before
     weight = model.a.weight.detach()
     assert before.layers[0].weight_bytes == QTensor.quantize(weight, INT8).nbytes
+
+
+def test_summaries() -> None:
+    done = cost(nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 3)), "w4a8", torch.randn(4, 10))
+    assert done.compression == done.float_bytes / done.bytes
+    assert done.average_bits == 8
+    assert replace(done, layers=()).average_bits == 0
+
+
+PEAKS: dict[str, tuple[nn.Module, tuple[int, ...], str, int]] = {
+    # the input and the output of a layer; its activation function takes no more
+    "chain, 8 bits": (nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)), (2, 3, 8, 8), "w8a8", 12 * 64),
+    # the last layer writes floats
+    "float output": (nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)), (2, 3, 8, 8), "w8", 4 * 12 * 64),
+    # 4 bits into the middle layer, 8 into the first and the last; the last has 8 bits in and 32 out
+    "4 bits": (
+        nn.Sequential(conv(2, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 1)),
+        (2, 2, 8, 8),
+        "w4a4",
+        8 * 64 + 4 * 64,
+    ),
+    # a shortcut waits until it is added
+    "shortcut": (
+        Fn(lambda m, x: m.b(torch.relu(m.a(x))) + x, a=conv(4, 4), b=conv(4, 4)),
+        (2, 4, 8, 8),
+        "w8a8",
+        3 * 4 * 64,
+    ),
+    # a view of what is there
+    "flatten": (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), (2, 3, 4, 4), "w8a8", 48 + 2 * 4),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_peak_memory_of_activations(name: str) -> None:
+    model, shape, recipe, expected = PEAKS[name]
+    assert cost(model.eval(), recipe, torch.randn(shape)).activation_bytes == expected

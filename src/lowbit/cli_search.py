@@ -17,9 +17,12 @@ from lowbit import cli_inputs, distributed
 from lowbit.cli_options import BatchSize, Data, Json, Model, NumBatches, OptionalData, Weights
 from lowbit.cli_output import Answer, answering
 from lowbit.errors import LowbitError
+from lowbit.latency import timed
 from lowbit.model import QuantizedModel
-from lowbit.search import Budget, Point, Sensitivity, allocate, minimum_bits, repair, sensitivity
+from lowbit.search import Allocation, Budget, allocate, repair, sensitivity
+from lowbit.search.allocate import judged
 from lowbit.search.measure import prober_of
+from lowbit.search.repair import MEASURED
 from lowbit.search.sites import places_of
 from lowbit.search.table import KINDS
 from lowbit.training.batches import split
@@ -39,6 +42,7 @@ def search(
     max_bytes: Annotated[int | None, typer.Option("--bytes", help="bytes on disk, at most")] = None,
     average_bits: Annotated[float | None, typer.Option(help="bits a weight, at most")] = None,
     bops: Annotated[float | None, typer.Option(help="bit operations a sample, at most")] = None,
+    latency: Annotated[float | None, typer.Option(help="milliseconds a sample, at most; timed here")] = None,
     min_accuracy: Annotated[
         str | None,
         typer.Option(
@@ -74,30 +78,34 @@ def search(
         "bytes": max_bytes,
         "average_bits": average_bits,
         "bops": bops,
+        "latency": latency,
     }
-    budget = Budget(**asked) if any(v is not None for v in asked.values()) else None
-    if budget is None and min_accuracy is None:
+    if min_accuracy is None and all(value is None for value in asked.values()):
         raise LowbitError(
-            "a search needs a budget; give --compression, --bytes, --average-bits, --bops or --min-accuracy"
+            "a search needs a budget; give --compression, --bytes, --average-bits, --bops, --latency or "
+            "--min-accuracy"
         )
     with answering(as_json, silent=distributed.rank() > 0) as answer:
         task = _Task.of(model, weights, data, val, batch_size, num_batches, recipe)
         pins = dict(map(_pin, pin or ()))
         floor = None if min_accuracy is None else _floor(min_accuracy, task)
+        budget = Budget(**asked, accuracy=floor)
         kinds = KINDS[:1] if weights_only else KINDS
         q = task.prepared(weights_only)
         widths = _widths(bits)
         table = sensitivity(
             q, task.data, bits=widths, kinds=kinds, out=out, curvature=measure in ("fisher", "hessian")
         )
+        if latency is not None:
+            table = timed(table, task.model, task.data[0])
         if distributed.rank() == 0:
             table.save(out / "table.json")
         answer.say(f"{table}\n")
-        point = _choose(task, table, budget, floor, measure, pins)
-        if not no_repair and point.allocation.measure in ("kl", "loss", "noise"):
-            point = _repaired(task, q, kinds, point, budget, pins, floor, answer)
-        _tell(task, table, point, out, answer)
-    if not point.holds:
+        found = allocate(table, budget, measure=measure, pins=pins, evaluate=task.evaluate)
+        if not no_repair and measure in MEASURED:
+            found = _repaired(task, q, kinds, found, budget, pins, answer)
+        _tell(task, found, out, answer)
+    if not found.holds:
         raise typer.Exit(1)
 
 
@@ -163,68 +171,49 @@ class _Task:
         return right / max(1, samples)
 
 
-def _choose(
-    task: _Task,
-    table: Sensitivity,
-    budget: Budget | None,
-    floor: float | None,
-    measure: str,
-    pins: dict[str, int],
-) -> Point:
-    if floor is not None:
-        return minimum_bits(table, floor, task.evaluate, budget=budget, measure=measure, pins=pins)
-    assert budget is not None
-    found = allocate(table, budget, measure=measure, pins=pins)
-    return Point(found, task.evaluate(found.recipe))
-
-
 def _repaired(
     task: _Task,
     q: QuantizedModel,
     kinds: tuple[str, ...],
-    point: Point,
-    budget: Budget | None,
+    start: Allocation,
+    budget: Budget,
     pins: dict[str, int],
-    floor: float | None,
     answer: Answer,
-) -> Point:
-    """The answer after true evaluations, where it is better; at a floor no larger than it is."""
-    within = budget if floor is None and budget is not None else Budget(bytes=point.allocation.bytes)
-    found = repair(prober_of(q, places_of(q, kinds), task.data), point.allocation, within, pins=pins)
+) -> Allocation:
+    """The answer after true evaluations, where it is better; for an accuracy no larger than it is."""
+    within = budget if budget.accuracy is None else replace(budget, accuracy=None, bytes=start.bytes)
+    found = repair(prober_of(q, places_of(q, kinds), task.data), start, within, pins=pins)
     answer.say(f"repair: {found}\n")
     answer.record["repair"] = {"damage": found.damage, "changes": found.changes}
-    better = Point(found.allocation, task.evaluate(found.allocation.recipe), point.holds)
-    if floor is None:
-        return better
+    better = judged(task.evaluate, found.allocation)
     assert better.accuracy is not None
-    assert point.accuracy is not None
-    if better.accuracy >= max(floor, point.accuracy) or (
-        not point.holds and better.accuracy > point.accuracy
-    ):
-        return replace(better, holds=better.accuracy >= floor)
-    return point
+    assert start.accuracy is not None
+    if budget.accuracy is None:
+        return better
+    holds = better.accuracy >= budget.accuracy
+    return replace(better, holds=holds) if holds or better.accuracy > start.accuracy else start
 
 
-def _tell(task: _Task, table: Sensitivity, point: Point, out: Path, answer: Answer) -> None:
+def _tell(task: _Task, found: Allocation, out: Path, answer: Answer) -> None:
     whole = task.accuracy(task.model)
-    recipe = task.final(point.allocation.recipe)
+    recipe = task.final(found.recipe)
     if distributed.rank() == 0:
         recipe.save(out / "recipe.yaml")
-    answer.say(point)
+    answer.say(found)
     answer.say(f"float accuracy {whole:.4f}; both on {task.val_name}\nrecipe: {out / 'recipe.yaml'}")
-    found = point.allocation
     answer.record |= {
-        "accuracy": point.accuracy,
+        "accuracy": found.accuracy,
         "float_accuracy": whole,
-        "holds": point.holds,
+        "holds": found.holds,
         "bytes": found.bytes,
-        "float_bytes": table.float_bytes,
+        "float_bytes": found.table.float_bytes,
         "compression": found.compression,
         "average_bits": found.average_bits,
         "bops": found.bops,
+        "latency_ms": found.latency,
         "recipe": recipe.to_dict(),
         "file": out / "recipe.yaml",
-        "bits": {site.path: found.specs[site.path].bits for site in table},
+        "bits": {site.path: found.specs[site.path].bits for site in found.table},
     }
 
 

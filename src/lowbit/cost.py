@@ -1,4 +1,4 @@
-"""What a network costs: bytes, multiply-accumulates and bit operations, from shapes and specs alone."""
+"""What a network costs: bytes, memory, multiply-accumulates, bit operations; from shapes and specs alone."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class Cost:
     layers: tuple[LayerCost, ...]
     # parameters and buffers outside these layers, in float
     other_bytes: int
+    # activations of one sample that live at once, at most: each at the bits of its quantizer, packed. What
+    # only a quantizer or an activation function reads is part of the kernel before, and takes nothing
+    activation_bytes: int
 
     @property
     def bytes(self) -> int:
@@ -55,6 +58,17 @@ class Cost:
     def float_bytes(self) -> int:
         """The same network with its weights in float32."""
         return sum(4 * c.weights + c.bias_bytes for c in self.layers) + self.other_bytes
+
+    @property
+    def compression(self) -> float:
+        """Float bytes over bytes, everything counted: scales, biases, layers left alone."""
+        return self.float_bytes / self.bytes if self.bytes else 1.0
+
+    @property
+    def average_bits(self) -> float:
+        """Mean over the weights of all layers, 32 for those in float."""
+        weights = sum(c.weights for c in self.layers)
+        return sum(c.weights * c.weight_bits for c in self.layers) / weights if weights else 0.0
 
     @property
     def macs(self) -> int:
@@ -76,7 +90,8 @@ def cost_of(gm: fx.GraphModule) -> Cost:
     quantizers = [m for m in gm.modules() if isinstance(m, Quantizer)]
     scales = {id(t) for m in quantizers for t in (*m.parameters(), *m.buffers())}
     others = {id(t): t for t in (*gm.parameters(), *gm.buffers()) if id(t) not in inside | scales}
-    return Cost(tuple(rows), sum(t.numel() * t.element_size() for t in others.values()))
+    other = sum(t.numel() * t.element_size() for t in others.values())
+    return Cost(tuple(rows), other, _peak_activations(gm))
 
 
 # inputs and outputs of each call, without their numbers
@@ -98,6 +113,32 @@ def _calls(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module, int, _Shapes]]:
             bits = quantizer.spec.bits if quantizer is not None and quantizer.mode != "off" else 32
             layer = layer.layer
         yield path_name(gm, path), layer, bits, shapes
+
+
+def _peak_activations(gm: fx.GraphModule) -> int:
+    """Bytes of the tensors of one sample that live at once, at most."""
+    nodes = list(gm.graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    home: dict[fx.Node, fx.Node] = {}
+    bits: dict[fx.Node, int] = {}
+    end: dict[fx.Node, int] = {}
+    for node in nodes:
+        value = node.meta.get("value")
+        if not isinstance(value, Tensor) or not value.ndim or node.op == "get_attr":
+            continue
+        source = node.args[0] if node.args else None
+        fused = kind_of(node) in ("quantizer", "clamp") and len(getattr(source, "users", ())) == 1
+        moved = kind_of(node) == "pass" and source in home and value.numel() == source.meta["value"].numel()
+        home[node] = place = home[source] if source in home and (fused or moved) else node
+        module = module_of(node) if node.op == "call_module" else None
+        if isinstance(module, Quantizer):
+            bits[place] = module.spec.bits
+        elif not moved:
+            bits[place] = 8 * value.element_size()
+        end[place] = max([end.get(place, 0), *(order[user] for user in node.users)])
+    sizes = {p: bits[p] * p.meta["value"].numel() // max(1, p.meta["value"].shape[0]) for p in end}
+    live = [sum(sizes[p] for p in end if order[p] <= i <= end[p]) for i in range(len(nodes))]
+    return math.ceil(max(live, default=0) / 8)
 
 
 def _layer_cost(name: str, layer: nn.Module, input_bits: int, calls: _Shapes, *, first: bool) -> LayerCost:

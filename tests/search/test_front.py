@@ -13,6 +13,7 @@ from lowbit.search import (
     Allocation,
     Budget,
     Sensitivity,
+    allocate,
     front_table,
     minimum_bits,
     pareto,
@@ -41,30 +42,38 @@ class Judge:
 
 def test_the_smallest_network_above_the_floor(table: Sensitivity) -> None:
     judge, floor = Judge(), 0.975
-    found = minimum_bits(table, floor, judge, tries=20)
+    found = allocate(table, Budget(accuracy=floor), evaluate=judge, tries=20)
     assert found.holds
     assert found.accuracy is not None
     assert found.accuracy >= floor
     assert found.accuracy in [score for _, score in judge.seen], "it was evaluated"
     # the oracle: of the best allocation for every size, the smallest that holds
     sizes = sorted({a.bytes for a in every(table)})
-    best = [minimum_bits(table, 0.0, judge, budget=Budget(bytes=size), tries=0) for size in sizes]
-    holding = [p.allocation.bytes for p in best if p.accuracy is not None and p.accuracy >= floor]
-    assert found.allocation.bytes == min(holding)
+    best = [allocate(table, Budget(bytes=size), evaluate=judge) for size in sizes]
+    holding = [a.bytes for a in best if a.accuracy is not None and a.accuracy >= floor]
+    assert found.bytes == min(holding)
 
 
 def test_a_floor_that_nothing_holds_gives_the_best(table: Sensitivity) -> None:
     found = minimum_bits(table, 0.9999, Judge())
     assert not found.holds
-    assert {spec.bits for spec in found.allocation.specs.values()} == {8}
-    assert "holds the floor; this is the best" in str(found)
+    assert {spec.bits for spec in found.specs.values()} == {8}
+    assert "holds the accuracy; this is the best" in str(found)
 
 
 def test_a_floor_within_a_budget(table: Sensitivity) -> None:
-    found = minimum_bits(table, 0.95, Judge(), budget=Budget(average_bits=5))
-    assert found.allocation.average_bits <= 5
+    found = allocate(table, Budget(accuracy=0.95, average_bits=5), evaluate=Judge())
+    assert found.average_bits <= 5
     with pytest.raises(LowbitError, match="is 2 bits a weight"):
-        minimum_bits(table, 0.95, Judge(), budget=Budget(average_bits=1))
+        allocate(table, Budget(accuracy=0.95, average_bits=1), evaluate=Judge())
+    with pytest.raises(LowbitError, match=r"accuracy=0.95 must be measured; pass evaluate="):
+        allocate(table, Budget(accuracy=0.95))
+
+
+def test_the_fewest_bits_are_found_to_the_byte(table: Sensitivity) -> None:
+    """An accuracy that everything has: the answer is the smallest network of all."""
+    found = minimum_bits(table, 1e-9, lambda _: 1.0)
+    assert found.bytes == min(a.bytes for a in every(table))
 
 
 def test_an_accuracy_that_is_no_number(table: Sensitivity) -> None:
@@ -75,8 +84,8 @@ def test_an_accuracy_that_is_no_number(table: Sensitivity) -> None:
 def test_the_front_rises_with_the_budget(table: Sensitivity, tmp_path: Path) -> None:
     budgets = [Budget(average_bits=b) for b in (8, 4, 3, 2)]
     points = pareto(table, budgets, evaluate=Judge())
-    assert [p.allocation.average_bits for p in points] == sorted(p.allocation.average_bits for p in points)
-    damages = [p.allocation.damage for p in points]
+    assert [p.average_bits for p in points] == sorted(p.average_bits for p in points)
+    damages = [p.damage for p in points]
     assert damages == sorted(damages, reverse=True)
     marked = pareto(table, [Budget(bytes=uniform(table, b).bytes) for b in BITS])
     assert all(p.accuracy is None for p in marked)

@@ -94,3 +94,28 @@ def test_two_hundred_layers_take_less_than_a_second() -> None:
     assert found is not None
     assert limit.used(found) <= limit.limit
     assert best < 1
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS prints to the standard output of the process for some programs, these among them."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        bits, elements = np.array([8, 7, 6, 5, 4, 3, 2, 1.5]), rng.integers(100, 50_000, 200)
+        damage = rng.uniform(1e-4, 1, (200, 1)) * 4.0**-bits * rng.lognormal(0, 0.3, (200, 8))
+        limit = Resource(name="bits", limit=4.0 * elements.sum(), usage=np.outer(elements, bits).tolist())
+        assert solve(damage.tolist(), [limit]) is not None
+    print("heard")
+    assert capfd.readouterr().out == "heard\n"
+
+
+def test_choices_that_are_not_wanted() -> None:
+    damage = [[0.0, 1.0, 3.0], [0.0, 2.0]]
+    order = sorted(itertools.product(range(3), range(2)), key=lambda c: damage[0][c[0]] + damage[1][c[1]])
+    found: list[list[int]] = []
+    for _ in order:
+        choice = solve(damage, without=found)
+        assert choice is not None
+        found.append(choice)
+    values = [damage[0][a] + damage[1][b] for a, b in found]
+    assert values == sorted(values)
+    assert solve(damage, without=found) is None

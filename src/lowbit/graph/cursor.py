@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,21 @@ from torch import fx
 from lowbit.graph.inputs import Inputs
 from lowbit.graph.run import bind_inputs, evaluate, last_uses
 
-__all__ = ["Cursor"]
+__all__ = ["After", "Cursor"]
+
+# (node, its value for every batch) -> the values to go on with
+After = Callable[[fx.Node, list[Any]], list[Any]]
+Values = dict[fx.Node, list[Any]]
 
 
 class Cursor:
-    """Holds what the nodes behind it read of those before it, and nothing else."""
+    """Holds what the nodes behind it read of those before it, for every batch, and nothing else."""
 
-    def __init__(self, gm: fx.GraphModule, data: Sequence[Inputs]) -> None:
-        """Stand before the first node."""
-        self.gm, self.nodes = gm, list(gm.graph.nodes)
+    def __init__(self, gm: fx.GraphModule, data: Sequence[Inputs], after: After | None = None) -> None:
+        """Stand before the first node; `after` may change what any node gives."""
+        self.gm, self.nodes, self.after = gm, list(gm.graph.nodes), after
         self.starts = [bind_inputs(gm, inputs) for inputs in data]
-        self.values: list[dict[fx.Node, Any]] = [{} for _ in data]
+        self.values: Values = {}
         self.at = 0
         self.dead = last_uses(gm)
 
@@ -30,28 +34,27 @@ class Cursor:
         """Run every batch through the nodes before `to`, which lies not before the cursor."""
         end = self.nodes.index(to)
         assert end >= self.at
-        for start, values in zip(self.starts, self.values, strict=True):
-            for node in self.nodes[self.at : end]:
-                values[node] = self._run(node, start, values)
-                for dead in self.dead.get(node, ()):
-                    del values[dead]
+        for node in self.nodes[self.at : end]:
+            self._run(node, self.values)
         self.at = end
 
     @torch.inference_mode()
     def behind(self) -> list[Any]:
         """The output for each batch, from the cursor on; the cursor stays where it is."""
-        outputs = []
-        for start, held in zip(self.starts, self.values, strict=True):
-            values = dict(held)
-            for node in self.nodes[self.at :]:
-                values[node] = result = self._run(node, start, values)
-                for dead in self.dead.get(node, ()):
-                    del values[dead]
-            outputs.append(result)
+        values, outputs = dict(self.values), []
+        for node in self.nodes[self.at :]:
+            outputs = self._run(node, values)
         return outputs
 
-    def _run(self, node: fx.Node, start: dict[str, Any], values: dict[fx.Node, Any]) -> Any:
+    def _run(self, node: fx.Node, values: Values) -> list[Any]:
+        found = [self._value(node, values, k) for k in range(len(self.starts))]
+        values[node] = found = found if self.after is None else self.after(node, found)
+        for dead in self.dead.get(node, ()):
+            del values[dead]
+        return found
+
+    def _value(self, node: fx.Node, values: Values, k: int) -> Any:
         if node.op == "placeholder":
-            return start[node.name]
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            return self.starts[k][node.name]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n][k])
         return evaluate(self.gm, node, args, kwargs)

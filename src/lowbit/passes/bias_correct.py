@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import pi
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +15,7 @@ from lowbit.graph.run import walk
 from lowbit.graph.trace import Inputs
 from lowbit.nn.layers import QLayer
 
-__all__ = ["correct_bias_analytically", "correct_outputs"]
+__all__ = ["Corrected", "correct_bias_analytically", "correct_outputs"]
 
 
 def correct_outputs(
@@ -45,17 +46,57 @@ def correct_outputs(
         replaced = None
         if kind_of(node) == "layer":
             layer, target = module_of(node), next(floats)
-            if isinstance(layer, QLayer) and not isinstance(layer, nn.Embedding) and counts[id(layer)] == 1:
+            if _can_be_corrected(layer, counts):
                 factor, shift = _fit(layer, target, values, scale and _has_own_scales(layer))
                 _absorb(layer, factor, shift)
-                shape = [-1 if d == _channel_dim(layer, values[0]) else 1 for d in range(values[0].ndim)]
-                replaced = [v * factor.reshape(shape) + shift.reshape(shape) for v in values]
+                replaced = [_applied(layer, v, factor, shift) for v in values]
                 corrected.append(str(node.meta["name"]))
         try:
             item = steps.send(replaced)
         except StopIteration:
             item = None
     return corrected
+
+
+class Corrected:
+    """What `correct_outputs` would do to a graph, done to its values, layer by layer as they are computed.
+
+    The graph stays as it is, so that its quantizers may be given other specs before each run.
+    """
+
+    def __init__(self, targets: Mapping[fx.Node, list[Tensor]], *, scale: bool) -> None:
+        """Fit to targets from `targets_of`: what the layers should give for the first batches."""
+        self.targets, self.scale = targets, scale
+
+    @staticmethod
+    def targets_of(gm: fx.GraphModule, data: Sequence[Inputs]) -> dict[fx.Node, list[Tensor]]:
+        """Outputs of the layers that can be corrected, with the graph as it is now."""
+        counts = calls(gm)
+        return {
+            node: values
+            for node, values in walk(gm, data)
+            if kind_of(node) == "layer" and _can_be_corrected(module_of(node), counts)
+        }
+
+    def __call__(self, node: fx.Node, values: list[Any]) -> list[Any]:
+        """The values of a node for every batch, corrected where it is a layer."""
+        if node not in self.targets:
+            return values
+        layer, target = module_of(node), self.targets[node]
+        fitted = values[: len(target)]
+        if all(map(torch.equal, target, fitted)):
+            return values
+        factor, shift = _fit(layer, target, fitted, self.scale and _has_own_scales(layer))
+        return [_applied(layer, value, factor, shift) for value in values]
+
+
+def _can_be_corrected(layer: nn.Module, counts: Mapping[int, int]) -> bool:
+    return isinstance(layer, QLayer) and not isinstance(layer, nn.Embedding) and counts[id(layer)] == 1
+
+
+def _applied(layer: nn.Module, value: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+    shape = [-1 if d == _channel_dim(layer, value) else 1 for d in range(value.ndim)]
+    return value * factor.reshape(shape) + shift.reshape(shape)
 
 
 def _layer_outputs(gm: fx.GraphModule, data: Sequence[Inputs]) -> Iterator[list[Tensor]]:

@@ -1,7 +1,9 @@
 """Which layer deserves how many bits: measured, solved exactly, checked."""
 
-from lowbit.search.allocate import Allocation, Budget, allocate
-from lowbit.search.front import Point, front_table, minimum_bits, pareto, plot, uniform
+from lowbit.search.allocate import allocate, minimum_bits
+from lowbit.search.allocation import Allocation, uniform
+from lowbit.search.budget import Budget
+from lowbit.search.front import front_table, pareto, plot
 from lowbit.search.measure import sensitivity
 from lowbit.search.repair import Repaired, repair
 from lowbit.search.table import Probe, Sensitivity, Site
@@ -9,7 +11,6 @@ from lowbit.search.table import Probe, Sensitivity, Site
 __all__ = [
     "Allocation",
     "Budget",
-    "Point",
     "Probe",
     "Repaired",
     "Sensitivity",

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from lowbit.core.affine import group_amin_amax
 from lowbit.core.observers import MSE, Observer
@@ -23,6 +24,7 @@ from lowbit.graph.run import flat_tensors
 from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
+from lowbit.passes.bias_correct import Corrected
 from lowbit.search.sites import Place
 from lowbit.training.batches import Batch
 from lowbit.training.losses import Objective, accuracy, logits_of
@@ -31,6 +33,10 @@ __all__ = ["Choice", "Prober", "Sums"]
 
 # The spec of some places; None is float, and so is a place that is not named.
 Choice = Mapping[str, QuantSpec | None]
+# Refinements of a recipe that fit the outputs of layers, and whether their scale too.
+CORRECTIONS = {"affine_correct": True, "bias_correct": False}
+# Samples that outputs are fitted on, in whole batches.
+FITTED = 128
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Prober:
         self.labelled = all(batch.labels is not None for batch in batches)
         self.ranges: dict[tuple[str, QuantSpec], tuple[Tensor, Tensor]] = {}
         self.observers: dict[str, Observer] = {}
+        # numbers of batches, and what layers give for them in float
+        self.targets: tuple[tuple[int, ...], dict[fx.Node, list[Tensor]]] = ((), {})
         self.stand_ins = {path: _stand_in(place.quantizer) for path, place in self.places.items()}
         self.references = self._look()
 
@@ -78,7 +86,7 @@ class Prober:
                 known = place.quantizer.observer
                 self.observers[path] = (MSE if known is None else type(known))(place.quantizer.spec)
         found = []
-        with self.quantizing({}), torch.inference_mode():
+        with self.in_float(), torch.inference_mode():
             for path, observer in self.observers.items():
                 self.stand_ins[path].observer = observer
                 self.stand_ins[path].mode = "observe"
@@ -110,16 +118,20 @@ class Prober:
     @contextmanager
     def in_float(self) -> Iterator[None]:
         """While open, nothing quantizes, places or not: what is differentiated twice must be smooth."""
-        with self.quantizing({}):
-            others = [m for m in self.gm.modules() if isinstance(m, Quantizer)]
-            modes = [m.mode for m in others]
-            for quantizer in others:
-                quantizer.mode = "off"
-            try:
-                yield
-            finally:
-                for quantizer, mode in zip(others, modes, strict=True):
-                    quantizer.mode = mode
+        with self.quantizing({}), self._all_off():
+            yield
+
+    @contextmanager
+    def _all_off(self) -> Iterator[None]:
+        quantizers = [m for m in self.gm.modules() if isinstance(m, Quantizer)]
+        modes = [m.mode for m in quantizers]
+        for quantizer in quantizers:
+            quantizer.mode = "off"
+        try:
+            yield
+        finally:
+            for quantizer, mode in zip(quantizers, modes, strict=True):
+                quantizer.mode = mode
 
     def set(self, path: str, spec: QuantSpec | None) -> None:
         """Give one place another spec; only inside `quantizing`."""
@@ -146,8 +158,25 @@ class Prober:
         return self.ranges[key]
 
     def cursor(self, which: Sequence[int]) -> Cursor:
-        """Before the first node, over some of the batches."""
-        return Cursor(self.gm, [self.batches[i].inputs for i in which])
+        """Before the first node, over some of the batches.
+
+        Where the recipe corrects the outputs of layers, so does the run, by a fit on the first FITTED.
+        """
+        data = [self.batches[i].inputs for i in which]
+        scale = next((CORRECTIONS[name] for name in self.q.recipe.refine if name in CORRECTIONS), None)
+        if scale is None:
+            return Cursor(self.gm, data)
+        return Cursor(self.gm, data, Corrected(self._targets(which), scale=scale))
+
+    def _targets(self, which: Sequence[int]) -> dict[fx.Node, list[Tensor]]:
+        """What layers give in float for the first batches, kept for the next cursor over the same."""
+        samples = [0, *accumulate(self.batches[i].samples for i in which)]
+        first = tuple(i for i, before in zip(which, samples, strict=False) if before < FITTED)
+        if self.targets[0] != first:
+            with self._all_off(), torch.inference_mode():
+                outputs = Corrected.targets_of(self.gm, [self.batches[i].inputs for i in first])
+            self.targets = first, outputs
+        return self.targets[1]
 
     def measure(self, which: Sequence[int], outputs: Sequence[Any]) -> Sums:
         """Outputs of some of the batches, against labels and the float network.

@@ -2,8 +2,8 @@
 
 A round measures, for every site, one option more and one fewer, all other sites as the answer has them: what
 each single change really does there. Within one step of the answer the knapsack is then solved for these
-marginal damages. The new answer counts only when its measured damage is less; if not, fewer changes are
-allowed at once, down to one.
+marginal damages. The new answer counts only when its measured damage is less; if not, the next best are
+tried, then those with fewer changes at once.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from dataclasses import dataclass, replace
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.progress import track
-from lowbit.search.allocate import Allocation, Budget, Free, Pins, free_of, groups_of, limits_of
+from lowbit.search.allocate import Pins, free_of, groups_of
+from lowbit.search.allocation import Allocation
+from lowbit.search.budget import Budget, Free, limits_of
 from lowbit.search.prober import Prober, Sums
 from lowbit.search.solve import Resource, solve
-from lowbit.search.table import Site
+from lowbit.search.table import Sensitivity, Site
 
-__all__ = ["Repaired", "measured", "repair"]
+__all__ = ["MEASURED", "Repaired", "measured", "repair"]
 
 ROUNDS = 4
+# answers that are measured for each number of changes, before fewer are allowed
+TRIES = 4
 # measures that a run of the network gives
 MEASURED = ("kl", "loss", "noise")
+# the spec of every site, by path
+Specs = dict[str, QuantSpec]
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ def repair(
 ) -> Repaired:
     """Improve an allocation by true evaluations, within its budget.
 
+    If a uniform width fits the budget and measures better than the start, it takes its place.
+
     Args:
         prober: over the places of the table, with the data to measure on.
         start: from `allocate`.
@@ -73,16 +81,17 @@ def repair(
         parts: numbers of the batches to hold together; all at once by default.
         rounds: of measuring around the answer.
     """
-    measure = start.measure
     parts = [list(range(len(prober.batches)))] if parts is None else parts
-    free = free_of(start.table, pins or {})
-    groups = groups_of(start.table, free)
-    limits = [limit.resource for limit in limits_of(start.table, budget, free)]
+    task = _Task(prober, start.table, budget, start.measure, parts, free_of(start.table, pins or {}))
     now = dict(start.specs)
-    history = [_evaluate(prober, now, parts, measure)]
+    history = [task.damage(now)]
+    for specs in task.uniform():
+        damage = task.damage(specs)
+        if damage < history[-1]:
+            now = specs
+            history.append(damage)
     for _ in range(rounds):
-        marginal = _around(prober, start, now, parts, history[-1], free)
-        found = _step(prober, now, parts, measure, marginal, free, limits, groups, history[-1])
+        found = task.step(now, history[-1])
         if found is None:
             break
         now, damage = found
@@ -95,81 +104,90 @@ def repair(
     return Repaired(replace(start, specs=now), tuple(history), changes)
 
 
-def _evaluate(
-    prober: Prober, specs: dict[str, QuantSpec], parts: Sequence[Sequence[int]], measure: str
-) -> float:
-    total = Sums()
-    with prober.quantizing(specs):
-        for part in parts:
-            total += prober.measure(part, prober.cursor(part).behind())
-    return measured(prober, total, measure)
+@dataclass(frozen=True)
+class _Task:
+    """What stays the same in a repair."""
+
+    prober: Prober
+    table: Sensitivity
+    budget: Budget
+    measure: str
+    parts: Sequence[Sequence[int]]
+    free: Free
+
+    def damage(self, specs: Specs) -> float:
+        """Measured, all sites at once."""
+        total = Sums()
+        with self.prober.quantizing(specs):
+            for part in self.parts:
+                total += self.prober.measure(part, self.prober.cursor(part).behind())
+        return measured(self.prober, total, self.measure)
+
+    def uniform(self) -> Iterator[Specs]:
+        """Each width that all sites may have within the budget."""
+        limits = [limit.resource for limit in limits_of(self.table, self.budget, self.free)]
+        for bits in dict.fromkeys(spec.bits for spec in self.table.sites[0].specs):
+            found = [
+                next((c for c, k in enumerate(options) if site.specs[k].bits == bits), None)
+                for site, options in self.free
+            ]
+            choice = [c for c in found if c is not None]
+            if len(choice) == len(found) and all(r.used(choice) <= r.limit for r in limits):
+                yield _specs(self.free, choice)
+
+    def step(self, now: Specs, damage: float) -> tuple[Specs, float] | None:
+        """The best change that measures better; None where there is none."""
+        marginal = self._around(now, damage)
+        # only what was measured may be chosen
+        near: Free = [(site, list(row)) for (site, _), row in zip(self.free, marginal, strict=True)]
+        groups = groups_of(self.table, near)
+        limits = [limit.resource for limit in limits_of(self.table, self.budget, near)]
+        costs = [[row[k] for k in options] for row, (_, options) in zip(marginal, near, strict=True)]
+        present = [options.index(site.specs.index(now[site.path])) for site, options in near]
+        moves = [[float(c != p) for c in range(len(row))] for row, p in zip(costs, present, strict=True)]
+        allowed, tried = len(near), [present]
+        while allowed:
+            count = Resource(name="changes", limit=allowed, usage=moves)
+            for _ in range(TRIES):
+                choice = solve(costs, [*limits, count], groups, without=tried)
+                if choice is None or sum(row[c] for row, c in zip(costs, choice, strict=True)) >= 0:
+                    break
+                tried.append(choice)
+                specs = _specs(near, choice)
+                found = self.damage(specs)
+                if found < damage:
+                    return specs, found
+                allowed = min(allowed, int(count.used(choice)))
+            allowed //= 2
+        return None
+
+    def _around(self, now: Specs, damage: float) -> list[dict[int, float]]:
+        """For each site the numbers of the specs within a step, and what each alone does to the damage."""
+        prober = self.prober
+        sums: list[dict[int, Sums]] = [{} for _ in self.free]
+        near = [list(_neighbours(site, options, now)) for site, options in self.free]
+        with prober.quantizing(now):
+            for part in self.parts:
+                cursor = prober.cursor(part)
+                for i, (site, _) in track(enumerate(self.free), "measuring around the answer", len(near)):
+                    cursor.advance(prober.places[site.path].node)
+                    for k in near[i]:
+                        prober.set(site.path, site.specs[k])
+                        sums[i][k] = sums[i].get(k, Sums()) + prober.measure(part, cursor.behind())
+                    prober.set(site.path, now[site.path])
+        return [
+            {site.specs.index(now[site.path]): 0.0}
+            | {k: measured(prober, total, self.measure) - damage for k, total in row.items()}
+            for (site, _), row in zip(self.free, sums, strict=True)
+        ]
 
 
-def _around(
-    prober: Prober,
-    start: Allocation,
-    now: dict[str, QuantSpec],
-    parts: Sequence[Sequence[int]],
-    damage: float,
-    free: Free,
-) -> list[dict[int, float]]:
-    """For each item the options within a step, by number, and what the change alone does to the damage."""
-    items = [
-        (i, site, list(_neighbours(site, options, now[site.path]))) for i, (site, options) in enumerate(free)
-    ]
-    found: list[dict[int, float]] = [
-        {options.index(site.specs.index(now[site.path])): 0.0} for site, options in free
-    ]
-    sums: dict[tuple[int, int], Sums] = {}
-    with prober.quantizing(now):
-        for part in parts:
-            cursor = prober.cursor(part)
-            for i, site, options in track(items, "measuring around the answer", total=len(items)):
-                cursor.advance(prober.places[site.path].node)
-                for c in options:
-                    prober.set(site.path, site.specs[free[i][1][c]])
-                    sums[i, c] = sums.get((i, c), Sums()) + prober.measure(part, cursor.behind())
-                prober.set(site.path, now[site.path])
-    for (i, c), total in sums.items():
-        found[i][c] = measured(prober, total, start.measure) - damage
-    return found
+def _specs(free: Free, choice: Sequence[int]) -> Specs:
+    return {site.path: site.specs[options[c]] for (site, options), c in zip(free, choice, strict=True)}
 
 
-def _neighbours(site: Site, options: list[int], spec: QuantSpec) -> Iterator[int]:
-    """Numbers of the options next to the present one, in the order of their bits."""
-    order = sorted(range(len(options)), key=lambda c: site.specs[options[c]].bits)
-    at = next(k for k, c in enumerate(order) if site.specs[options[c]] == spec)
-    yield from (order[k] for k in (at - 1, at + 1) if 0 <= k < len(order))
-
-
-def _step(
-    prober: Prober,
-    now: dict[str, QuantSpec],
-    parts: Sequence[Sequence[int]],
-    measure: str,
-    marginal: list[dict[int, float]],
-    free: Free,
-    limits: Sequence[Resource],
-    groups: Sequence[Sequence[int]],
-    damage: float,
-) -> tuple[dict[str, QuantSpec], float] | None:
-    """The best change that measures better; None where there is none."""
-    present = [options.index(site.specs.index(now[site.path])) for site, options in free]
-    far = 1e6 * (1.0 + max(abs(v) for row in marginal for v in row.values()))
-    costs = [
-        [row.get(c, far) for c in range(len(options))]
-        for row, (_, options) in zip(marginal, free, strict=True)
-    ]
-    moves = [[float(c != p) for c in range(len(row))] for row, p in zip(costs, present, strict=True)]
-    allowed = len(free)
-    while allowed >= 1:
-        count = Resource(name="changes", limit=allowed, usage=moves)
-        choice = solve(costs, [*limits, count], groups)
-        if choice is None or choice == present:
-            return None
-        specs = {site.path: site.specs[options[c]] for (site, options), c in zip(free, choice, strict=True)}
-        found = _evaluate(prober, specs, parts, measure)
-        if found < damage:
-            return specs, found
-        allowed = min(allowed, sum(c != p for c, p in zip(choice, present, strict=True))) // 2
-    return None
+def _neighbours(site: Site, options: list[int], now: Specs) -> Iterator[int]:
+    """Those of the options that are next to the present one, in the order of their bits."""
+    order = sorted(options, key=lambda k: site.specs[k].bits)
+    at = order.index(site.specs.index(now[site.path]))
+    yield from (order[a] for a in (at - 1, at + 1) if 0 <= a < len(order))

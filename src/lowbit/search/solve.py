@@ -16,9 +16,13 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from lowbit.search.silence import silent
+
 __all__ = ["Product", "Resource", "least", "solve"]
 
 Table = Sequence[Sequence[float]]
+# The largest number in what is minimized: HiGHS stops within 1e-6 of the optimum, whatever its size.
+SCALE = 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,10 @@ class Resource:
 
 
 def solve(
-    damage: Table, resources: Sequence[Resource] = (), groups: Sequence[Sequence[int]] = ()
+    damage: Table,
+    resources: Sequence[Resource] = (),
+    groups: Sequence[Sequence[int]] = (),
+    without: Sequence[Sequence[int]] = (),
 ) -> list[int] | None:
     """The number of each item's option; None where nothing fits.
 
@@ -59,8 +66,11 @@ def solve(
         damage: [items][options], finite; items may have different numbers of options.
         resources: limits to keep.
         groups: items that must take the option of the same number; they have as many.
+        without: choices that are not wanted.
     """
     program = _Program(damage, resources, groups)
+    for unwanted in without:
+        program.cut(unwanted)
     while True:
         choice = program.run()
         if choice is None or all(r.used(choice) <= r.limit for r in resources):
@@ -111,7 +121,7 @@ class _Program:
         objective = np.array(flat + [0.0] * (self.total - self.binary))
         for variable, value in extra:
             objective[variable] += value
-        self.objective = objective / max(1e-300, float(np.abs(objective).max()))
+        self.objective = objective * (SCALE / max(1e-300, float(np.abs(objective).max())))
 
     def at(self, item: int, option: int) -> int:
         """Number of a variable."""
@@ -169,13 +179,14 @@ class _Program:
         matrix = coo_array((value, (r, v)), shape=(len(self.rows), self.total)).tocsr()
         lower, upper = (np.array([row[k] for row in self.rows]) for k in (1, 2))
         integrality = np.concatenate([np.ones(self.binary), np.zeros(self.total - self.binary)])
-        found = milp(
-            self.objective,
-            integrality=integrality,
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, lower, upper),
-            options={"mip_rel_gap": 0.0},
-        )
+        with silent():
+            found = milp(
+                self.objective,
+                integrality=integrality,
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(matrix, lower, upper),
+                options={"mip_rel_gap": 0.0},
+            )
         if found.x is None:
             return None
         return [int(np.argmax(found.x[self.start[i] : self.start[i + 1]])) for i in range(len(self.cost))]

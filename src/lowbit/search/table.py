@@ -25,12 +25,15 @@ MEASURES = ("loss", "kl", "noise", "drop", "fisher", "hessian")
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One quantizer at one spec, everything else as it is in the reference: means over the samples."""
+    """One quantizer at one spec, everything else as it is in the reference: means over the samples.
+
+    The reference has in float what the table is about; what else was calibrated is quantized in it.
+    """
 
     spec: QuantSpec
-    # KL(reference || probed) of the classes, in nats
+    # KL(float network || probed) of the classes, in nats
     kl: float
-    # noise over signal of the output: 10^(-SQNR / 10)
+    # noise over signal of the output, the float network's being the signal: 10^(-SQNR / 10)
     noise: float
     # loss minus that of the reference, and metric of the reference minus the metric; None without labels
     loss: float | None = None
@@ -78,6 +81,8 @@ class Site:
     # bytes on disk at each spec, in the order of the probes; zeros for activations
     bytes: tuple[int, ...]
     probes: tuple[Probe, ...]
+    # milliseconds of the layer exported alone, at each spec; none for activations, and before `timed`
+    latency: tuple[float, ...] = ()
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
@@ -101,6 +106,13 @@ class Sensitivity:
     other_bytes: int
     # the same network in float32
     float_bytes: int
+    # milliseconds of the whole network less those of its layers, alone; None before `timed`
+    other_latency: float | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the kernels were timed in the runtime."""
+        return self.other_latency is not None
 
     def site(self, path: str) -> Site:
         """The site of that path, or of that layer's weight.
@@ -151,7 +163,7 @@ class Sensitivity:
                 probes = tuple(
                     Probe(**{**row, "spec": QuantSpec.from_dict(row["spec"])}) for row in plain["probes"]
                 )
-                lists = {name: tuple(plain[name]) for name in ("bytes", "operations")}
+                lists = {name: tuple(plain[name]) for name in ("bytes", "operations", "latency")}
                 sites.append(Site(**{**plain, **lists, "probes": probes}))
             rest = {f.name: data[f.name] for f in fields(cls)}
             rest |= {"sites": tuple(sites), "groups": tuple(tuple(g) for g in data["groups"])}

@@ -1,0 +1,81 @@
+"""Milliseconds of layers in the runtime, and budgets of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lowbit
+from lowbit import INT8, UINT8, LowbitError, Recipe, Rule
+from lowbit.latency import timed
+from lowbit.search import Budget, Sensitivity, allocate, sensitivity
+
+pytest.importorskip("onnxruntime")
+RECIPE = Recipe(rules=(Rule(weight=INT8, activation=UINT8),))
+
+
+def network() -> nn.Sequential:
+    """A heavy layer, a light one, and two that are alike."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 48, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(48, 4, 1),
+        nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def table() -> Sensitivity:
+    x = torch.randn(4, 3, 32, 32)
+    q = lowbit.prepare(network(), RECIPE, x)
+    plain = sensitivity(q, [x], bits=(8, 4), kinds=("weight",), curvature=False)
+    assert not plain.timed
+    with pytest.raises(LowbitError, match=r"needs a table with timings; make it with lowbit.latency.timed"):
+        allocate(plain, Budget(latency=1.0))
+    return timed(plain, network(), x, rounds=10)
+
+
+def test_every_layer_is_timed_at_every_width(table: Sensitivity) -> None:
+    assert table.timed
+    times = {site.name: site.latency for site in table}
+    assert all(len(t) == 2 and min(t) > 0 for t in times.values())
+    assert max(times["0"]) > max(times["3"]), "80 times as many multiplications"
+    assert times["3"] == times["4"], "layers alike are timed once"
+
+
+def test_a_budget_of_latency_is_kept(table: Sensitivity) -> None:
+    """Times made up, so that the answer is known: 4 bits are slower in one layer and faster in another."""
+    made = {"0": (3.0, 1.0), "2": (1.0, 2.0), "3": (0.1, 0.1), "4": (0.1, 0.1), "7": (0.5, 0.5)}
+    sites = tuple(replace(site, latency=made[site.name]) for site in table)
+    known = replace(table, sites=sites, other_latency=0.25)
+    found = allocate(known, Budget(latency=3.0))
+    assert {site.name: found.specs[site.path].bits for site in known} == {
+        "0": 4,
+        "2": 8,
+        "3": 8,
+        "4": 8,
+        "7": 8,
+    }
+    assert found.latency == pytest.approx(2.95)
+    assert "2.95 ms" in str(found)
+    with pytest.raises(LowbitError, match=r"budget's latency: the furthest that the table goes is 2.95 ms"):
+        allocate(known, Budget(latency=2.9))
+
+
+def test_times_are_kept_in_the_file(table: Sensitivity, tmp_path: Path) -> None:
+    table.save(tmp_path / "table.json")
+    assert Sensitivity.load(tmp_path / "table.json") == table
+
+
+def test_an_unknown_runtime(table: Sensitivity) -> None:
+    with pytest.raises(LowbitError, match="no runtime is named 'onnx'; choose from: onnxruntime"):
+        timed(table, network(), torch.randn(1, 3, 32, 32), runtime="onnx")
