@@ -32,6 +32,15 @@ __all__ = ["search"]
 
 # activations are calibrated, and recipes evaluated, on so many batches of the data
 CALIBRATION = 8
+MinAccuracy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="0.92|0.98x", help="smallest network with that accuracy, or part of the float one's"
+    ),
+]
+Pins = Annotated[
+    list[str] | None, typer.Option(metavar="LAYER=BITS", help="settle a layer; may be given again")
+]
 
 
 def search(
@@ -43,21 +52,14 @@ def search(
     average_bits: Annotated[float | None, typer.Option(help="bits a weight, at most")] = None,
     bops: Annotated[float | None, typer.Option(help="bit operations a sample, at most")] = None,
     latency: Annotated[float | None, typer.Option(help="milliseconds a sample, at most; timed here")] = None,
-    min_accuracy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="0.92|0.98x", help="smallest network with that accuracy, or part of the float one's"
-        ),
-    ] = None,
+    min_accuracy: MinAccuracy = None,
     recipe: Annotated[str, typer.Option(help="preset or YAML file whose bits are chosen anew")] = "w8a8",
     bits: Annotated[str, typer.Option(metavar="8,6,4,3,2", help="widths to choose from")] = "8,6,4,3,2",
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="activations keep the recipe's bits")
     ] = False,
     measure: Annotated[str, typer.Option(help="damage to add up: kl, loss, noise, fisher, hessian")] = "kl",
-    pin: Annotated[
-        list[str] | None, typer.Option(metavar="LAYER=BITS", help="settle a layer; may be given again")
-    ] = None,
+    pin: Pins = None,
     no_repair: Annotated[
         bool, typer.Option("--no-repair", help="leave the answer as the table gives it")
     ] = False,
@@ -73,13 +75,8 @@ def search(
     `lowbit train` take.
     """
     distributed.join()
-    asked: dict[str, Any] = {
-        "compression": compression,
-        "bytes": max_bytes,
-        "average_bits": average_bits,
-        "bops": bops,
-        "latency": latency,
-    }
+    limits = {"compression": compression, "bytes": max_bytes, "average_bits": average_bits, "bops": bops}
+    asked: dict[str, Any] = limits | {"latency": latency}
     if min_accuracy is None and all(value is None for value in asked.values()):
         raise LowbitError(
             "a search needs a budget; give --compression, --bytes, --average-bits, --bops, --latency or "
@@ -88,16 +85,12 @@ def search(
     with answering(as_json, silent=distributed.rank() > 0) as answer:
         task = _Task.of(model, weights, data, val, batch_size, num_batches, recipe)
         pins = dict(map(_pin, pin or ()))
-        floor = None if min_accuracy is None else _floor(min_accuracy, task)
-        budget = Budget(**asked, accuracy=floor)
+        budget = Budget(**asked, accuracy=None if min_accuracy is None else _floor(min_accuracy, task))
         kinds = KINDS[:1] if weights_only else KINDS
         q = task.prepared(weights_only)
-        widths = _widths(bits)
-        table = sensitivity(
-            q, task.data, bits=widths, kinds=kinds, out=out, curvature=measure in ("fisher", "hessian")
-        )
-        if latency is not None:
-            table = timed(table, task.model, task.data[0])
+        curvature = measure in ("fisher", "hessian")
+        table = sensitivity(q, task.data, bits=_widths(bits), kinds=kinds, out=out, curvature=curvature)
+        table = table if latency is None else timed(table, task.model, task.data[0])
         if distributed.rank() == 0:
             table.save(out / "table.json")
         answer.say(f"{table}\n")
