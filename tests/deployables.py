@@ -91,6 +91,23 @@ class Shortcuts(nn.Module):
         return self.fc(y.mean([2, 3]))
 
 
+class Recurrent(nn.Module):
+    """Layers that are called again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.step, self.fc = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Linear(8, 8),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.stem(x))
+        y = F.relu(self.step(F.relu(self.step(F.relu(self.step(y)))))).mean((2, 3))
+        return self.fc(F.relu(self.fc(y)))
+
+
 def _images() -> list[Any]:
     return [torch.randn(8, 3, 16, 16) for _ in range(3)]
 
@@ -101,6 +118,7 @@ DEPLOYABLES: dict[str, tuple[type[nn.Module], Callable[[], list[Any]]]] = {
     "attention": (Attention, lambda: [{"ids": torch.randint(0, 50, (8, 12))} for _ in range(3)]),
     "two inputs": (TwoInputs, lambda: [((torch.randn(9, 6), torch.randn(9, 4)), 0) for _ in range(3)]),
     "shortcuts": (Shortcuts, _images),
+    "recurrent": (Recurrent, _images),
 }
 
 

@@ -97,7 +97,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "widths": (["--average-bits", "4", "--bits", "8,x"], "--bits '8,x' is not a list of numbers"),
     "pin": (["--average-bits", "4", "--pin", "0:4"], "--pin '0:4' is not of the form LAYER=BITS"),
     "floor": (["--min-accuracy", "92"], "--min-accuracy '92' is neither a share"),
-    "unknown layer": (["--average-bits", "4", "--pin", "conv=4"], "the table has no 'conv'"),
+    "unknown layer": (["--average-bits", "4", "--pin", "conv=4"], "--pin 'conv': no layer has that name"),
     "too small": (["--compression", "99"], "keeps the budget's compression"),
     "negative": (["--compression", "-1"], "compression=-1.0 is not a positive number"),
 }

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import Fn, conv
 from torch import nn
 
 import lowbit
 from lowbit import INT8, UINT8, LowbitError, Recipe, Rule
-from lowbit.latency import timed
+from lowbit.graph.inputs import Inputs
+from lowbit.latency import _samples, timed
 from lowbit.search import Budget, Sensitivity, allocate, sensitivity
 
 pytest.importorskip("onnxruntime")
@@ -79,3 +81,18 @@ def test_times_are_kept_in_the_file(table: Sensitivity, tmp_path: Path) -> None:
 def test_an_unknown_runtime(table: Sensitivity) -> None:
     with pytest.raises(LowbitError, match="no runtime is named 'onnx'; choose from: onnxruntime"):
         timed(table, network(), torch.randn(1, 3, 32, 32), runtime="onnx")
+
+
+def test_a_layer_that_is_called_twice_takes_twice_the_time() -> None:
+    torch.manual_seed(0)
+    model = Fn(lambda m, x: m.b(torch.relu(m.b(torch.relu(m.a(x))))), a=conv(3, 8), b=conv(8, 8)).train()
+    model.add_module("n", nn.BatchNorm2d(1))
+    x = torch.randn(2, 3, 8, 8)
+    q = lowbit.prepare(model, RECIPE, x)
+    found = timed(sensitivity(q, [x], bits=(8,), kinds=("weight",), curvature=False), model, x, rounds=3)
+    assert model.training
+    assert all(m.training for m in model.modules())
+    alone = Fn(lambda m, x: m.b(torch.relu(m.a(x))), a=model.a, b=model.b)
+    assert _samples(alone, Inputs.of(x))["b"].calls == 1
+    assert _samples(model, Inputs.of(x))["b"].calls == 2
+    assert all(site.latency for site in found)

@@ -16,15 +16,14 @@ import lowbit
 from lowbit import cli_inputs, distributed
 from lowbit.cli_options import BatchSize, Data, Json, Model, NumBatches, OptionalData, Weights
 from lowbit.cli_output import Answer, answering
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, near_miss
 from lowbit.latency import timed
 from lowbit.model import QuantizedModel
 from lowbit.search import Allocation, Budget, allocate, repair, sensitivity
-from lowbit.search.allocate import judged
 from lowbit.search.measure import prober_of
 from lowbit.search.repair import MEASURED
 from lowbit.search.sites import places_of
-from lowbit.search.table import KINDS
+from lowbit.search.table import KINDS, MEASURES
 from lowbit.training.batches import split
 from lowbit.training.losses import accuracy
 
@@ -58,7 +57,9 @@ def search(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="activations keep the recipe's bits")
     ] = False,
-    measure: Annotated[str, typer.Option(help="damage to add up: kl, loss, noise, fisher, hessian")] = "kl",
+    measure: Annotated[
+        str, typer.Option(help="damage to add up: kl, loss, drop, noise, fisher, hessian")
+    ] = "noise",
     pin: Pins = None,
     no_repair: Annotated[
         bool, typer.Option("--no-repair", help="leave the answer as the table gives it")
@@ -77,25 +78,24 @@ def search(
     distributed.join()
     limits = {"compression": compression, "bytes": max_bytes, "average_bits": average_bits, "bops": bops}
     asked: dict[str, Any] = limits | {"latency": latency}
-    if min_accuracy is None and all(value is None for value in asked.values()):
-        raise LowbitError(
-            "a search needs a budget; give --compression, --bytes, --average-bits, --bops, --latency or "
-            "--min-accuracy"
-        )
+    _check(asked | {"accuracy": min_accuracy}, measure, weights_only)
     with answering(as_json, silent=distributed.rank() > 0) as answer:
         task = _Task.of(model, weights, data, val, batch_size, num_batches, recipe)
         pins = dict(map(_pin, pin or ()))
         budget = Budget(**asked, accuracy=None if min_accuracy is None else _floor(min_accuracy, task))
         kinds = KINDS[:1] if weights_only else KINDS
         q = task.prepared(weights_only)
+        _check_pins(pins, q, kinds)
         curvature = measure in ("fisher", "hessian")
         table = sensitivity(q, task.data, bits=_widths(bits), kinds=kinds, out=out, curvature=curvature)
-        table = table if latency is None else timed(table, task.model, task.data[0])
+        table = table if latency is None else timed(table, task.model, task.calibration[0])
         if distributed.rank() == 0:
             table.save(out / "table.json")
         answer.say(f"{table}\n")
         found = allocate(table, budget, measure=measure, pins=pins, evaluate=task.evaluate)
-        if not no_repair and measure in MEASURED:
+        if not no_repair and measure not in MEASURED:
+            answer.say(f"repair: left out, for no run of the network measures '{measure}'\n")
+        elif not no_repair:
             found = _repaired(task, q, kinds, found, budget, pins, answer)
         _tell(task, found, out, answer)
     if not found.holds:
@@ -138,12 +138,18 @@ class _Task:
         return cls(network, lowbit.Recipe.get(recipe), batches, batches if held is None else held, name)
 
     def prepared(self, weights_only: bool) -> QuantizedModel:
-        """Ready to be measured: BatchNorm folded, for that is faster and the same."""
-        recipe = replace(self.recipe, fold_bn="before", equalize=False)
-        q = lowbit.prepare(self.model, recipe, self.data[0])
+        """Ready to be measured: with BatchNorm folded where it will be, for that is faster and the same."""
+        early = "before" if self.recipe.fold_bn == "after" else self.recipe.fold_bn
+        recipe = replace(self.recipe, fold_bn=early, equalize=False)
+        q = lowbit.prepare(self.model, recipe, self.calibration[0])
         if weights_only and recipe.quantizes_activations:
-            lowbit.calibrate(q, self.data[:CALIBRATION])
+            lowbit.calibrate(q, self.calibration)
         return q
+
+    @property
+    def calibration(self) -> list[Any]:
+        """Inputs alone."""
+        return [split(batch).inputs for batch in self.data[:CALIBRATION]]
 
     def final(self, recipe: lowbit.Recipe) -> lowbit.Recipe:
         """A recipe that was found, with what was set aside for measuring."""
@@ -151,7 +157,7 @@ class _Task:
 
     def evaluate(self, recipe: lowbit.Recipe) -> float:
         """Accuracy after post-training quantization by a recipe."""
-        return self.accuracy(lowbit.quantize(self.model, self.final(recipe), self.data[:CALIBRATION]))
+        return self.accuracy(lowbit.quantize(self.model, self.final(recipe), self.calibration))
 
     def accuracy(self, model: nn.Module) -> float:
         """Share of the judging data that is put in its class."""
@@ -173,18 +179,12 @@ def _repaired(
     pins: dict[str, int],
     answer: Answer,
 ) -> Allocation:
-    """The answer after true evaluations, where it is better; for an accuracy no larger than it is."""
-    within = budget if budget.accuracy is None else replace(budget, accuracy=None, bytes=start.bytes)
-    found = repair(prober_of(q, places_of(q, kinds), task.data), start, within, pins=pins)
+    """The answer after true evaluations, where it is more accurate."""
+    prober = prober_of(q, places_of(q, kinds), task.data)
+    found = repair(prober, start, budget, pins=pins, evaluate=task.evaluate)
     answer.say(f"repair: {found}\n")
     answer.record["repair"] = {"damage": found.damage, "changes": found.changes}
-    better = judged(task.evaluate, found.allocation)
-    assert better.accuracy is not None
-    assert start.accuracy is not None
-    if budget.accuracy is None:
-        return better
-    holds = better.accuracy >= budget.accuracy
-    return replace(better, holds=holds) if holds or better.accuracy > start.accuracy else start
+    return found.allocation
 
 
 def _tell(task: _Task, found: Allocation, out: Path, answer: Answer) -> None:
@@ -222,6 +222,27 @@ def _pin(text: str) -> tuple[str, int]:
     if not equals or not name or not bits.isdecimal():
         raise LowbitError(f"--pin '{text}' is not of the form LAYER=BITS, such as conv1=8")
     return name, int(bits)
+
+
+def _check(asked: dict[str, Any], measure: str, weights_only: bool) -> None:
+    """What can be wrong before anything is loaded."""
+    if all(value is None for value in asked.values()):
+        raise LowbitError(
+            "a search needs a budget; give --compression, --bytes, --average-bits, --bops, --latency or "
+            "--min-accuracy"
+        )
+    if measure not in MEASURES:
+        raise LowbitError(f"--measure '{measure}' is unknown{near_miss(measure, MEASURES)}")
+    if measure == "hessian" and not weights_only:
+        raise LowbitError("--measure hessian knows weights alone; add --weights-only")
+
+
+def _check_pins(pins: dict[str, int], q: QuantizedModel, kinds: tuple[str, ...]) -> None:
+    """Before hours of measuring, not after."""
+    names = {name for p in places_of(q, kinds) for name in (p.path, p.name if p.kind == "weight" else p.path)}
+    for name in pins:
+        if name not in names:
+            raise LowbitError(f"--pin '{name}': no layer has that name{near_miss(name, names)}")
 
 
 def _floor(text: str, task: _Task) -> float:

@@ -199,7 +199,7 @@ class _Study:
     def run(self, recipes: dict[str, lowbit.Recipe], answer: Answer) -> list[Outcome]:
         """Train with each recipe; the record of the answer has everything that was found."""
         torch.manual_seed(self.settings["seed"])
-        calibration = list(islice(self.task.train, CALIBRATION))
+        calibration = [split(batch).inputs for batch in islice(self.task.train, CALIBRATION)]
         # everything that can be wrong is found before the first is trained
         trainers = {
             n: self.trainer(n, lowbit.prepare(self.task.model, r, calibration[0])) for n, r in recipes.items()

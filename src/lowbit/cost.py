@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from lowbit.core.spec import QuantSpec
-from lowbit.graph.match import path_name, quantizer_of
+from lowbit.graph.match import is_folded_later, path_name, quantizer_of
 from lowbit.graph.ops import kind_of, module_label, module_of
 from lowbit.nn.layers import BoundLayer, QLayer
 from lowbit.nn.quantizer import Quantizer
@@ -47,7 +47,7 @@ class Cost:
     # parameters and buffers outside these layers, in float
     other_bytes: int
     # activations of one sample that live at once, at most: each at the bits of its quantizer, packed. What
-    # only a quantizer or an activation function reads is part of the kernel before, and takes nothing
+    # only a quantizer, a clamp or a BatchNorm reads is part of the kernel before, and takes nothing
     activation_bytes: int
 
     @property
@@ -127,7 +127,8 @@ def _peak_activations(gm: fx.GraphModule) -> int:
         if not isinstance(value, Tensor) or not value.ndim or node.op == "get_attr":
             continue
         source = node.args[0] if node.args else None
-        fused = kind_of(node) in ("quantizer", "clamp") and len(getattr(source, "users", ())) == 1
+        joins = kind_of(node) in ("quantizer", "clamp") or is_folded_later(node)
+        fused = joins and len(getattr(source, "users", ())) == 1
         moved = kind_of(node) == "pass" and source in home and value.numel() == source.meta["value"].numel()
         home[node] = place = home[source] if source in home and (fused or moved) else node
         module = module_of(node) if node.op == "call_module" else None

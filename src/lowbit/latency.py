@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ class _Sample:
 
     layer: nn.Module
     shape: tuple[int, ...]
+    # in one run of the network
+    calls: int
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
@@ -55,7 +58,7 @@ def timed(
     Raises:
         LowbitError: the runtime is unknown or not installed, or a layer cannot be exported.
     """
-    inputs = Inputs.of(example)
+    inputs, model = Inputs.of(example), copy.deepcopy(model).eval()
     samples = _samples(model, inputs)
     rules = {rule.match: rule for rule in table.recipe.rules}
     sites = [s for s in table if s.kind == "weight" and s.name in samples]
@@ -70,7 +73,7 @@ def timed(
             if key not in known:
                 paths = list(_files(samples[site.name], rule, specs, Path(folder)))
                 known[key] = [t.milliseconds for t in time_files(paths, rounds=rounds, runtime=runtime)]
-            found[site.path] = known[key]
+            found[site.path] = [samples[site.name].calls * ms for ms in known[key]]
         q = ptq.quantize(model, replace(table.recipe, refine=()), calibration=[inputs])
         (whole,) = time_files([export.onnx(q, Path(folder) / "whole.onnx")], rounds=rounds, runtime=runtime)
     rest = whole.milliseconds - sum(times[-1] for times in found.values())
@@ -88,8 +91,10 @@ def _samples(model: nn.Module, inputs: Inputs) -> dict[str, _Sample]:
     found: dict[str, _Sample] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
-            found.setdefault(name, _Sample(module, (1, *args[0].shape[1:])))
+        if name in found:
+            found[name] = replace(found[name], calls=found[name].calls + 1)
+        elif len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            found[name] = _Sample(module, (1, *args[0].shape[1:]), 1)
 
     hooks = [
         module.register_forward_pre_hook(lambda m, args, name=name: note(name, m, args))
@@ -106,9 +111,9 @@ def _samples(model: nn.Module, inputs: Inputs) -> dict[str, _Sample]:
 
 def _files(sample: _Sample, rule: Rule, specs: Sequence[QuantSpec], folder: Path) -> Iterator[Path]:
     """The layer alone at each spec."""
-    network = nn.Sequential(sample.layer).eval()
+    network = nn.Sequential(sample.layer)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(sample.shape, generator=generator).abs()
+    x = torch.randn(sample.shape, generator=generator).abs().to(next(sample.layer.parameters()))
     for k, spec in enumerate(specs):
         alone = replace(rule, match="*", weight=spec)
         q = ptq.quantize(network, Recipe(rules=(alone,)), calibration=[x])

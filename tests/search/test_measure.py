@@ -23,8 +23,9 @@ from lowbit.core.ranges import least_error_range_of
 from lowbit.model import QuantizedModel
 from lowbit.nn.quantizer import Quantizer
 from lowbit.search import Sensitivity, sensitivity
+from lowbit.search.measure import prober_of
 from lowbit.search.prober import Prober
-from lowbit.search.sites import narrowed
+from lowbit.search.sites import narrowed, places_of
 
 RECIPE = Recipe(rules=(Rule(weight=INT8, activation=UINT8),))
 BITS = (8, 4, 2)
@@ -266,13 +267,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no candidates": ({"bits": ()}, r"bits=\(\) leaves nothing to choose from"),
     "no width": ({"bits": (0,)}, "bits=0 is not a whole number from 1 to 16"),
     "half a bit": ({"bits": (2.5,)}, "bits entry 2.5"),
-    "a float spec": ({"bits": (lowbit.FP16,)}, "no integer"),
+    "a float spec": ({"bits": (lowbit.FP16,), "kinds": ("weight",)}, "no integer"),
+    "no width for activations": ({"bits": (INT4,)}, "no candidate is a width, so the inputs of 'a'"),
+    "one number": ({"bits": 8}, "bits=8 leaves nothing to choose from"),
+    "an axis of its own": (
+        {"bits": (replace(INT4, granularity=lowbit.PerChannel(1)),), "kinds": ("weight",)},
+        r"another axis than PerChannel\(0\)|has an axis of its own",
+    ),
     "unknown kind": ({"kinds": ("bias",)}, "'bias' is unknown; use weight and activation"),
     "no data": ({"data": []}, "holds no batch with a sample"),
     "nan": ({"metric": lambda *_: float("nan")}, "returned nan, which ranks nothing"),
     "group that does not divide": (
-        {"bits": (QuantSpec(bits=4, granularity=lowbit.PerGroup(1, 5)),)},
-        "group size 5 does not divide",
+        {"bits": (QuantSpec(bits=4, granularity=lowbit.PerGroup(1, 5)),), "kinds": ("weight",)},
+        "'a' cannot have the candidate .*group size 5 does not divide",
     ),
 }
 
@@ -292,3 +299,90 @@ def test_models_without_a_choice() -> None:
     q = lowbit.prepare(network(), "fp16", data()[0][0])
     with pytest.raises(LowbitError, match="no bits to choose"):
         sensitivity(q, data())
+
+
+def test_the_folder_knows_what_was_measured(tmp_path: Path) -> None:
+    """Other kinds, another function, other labels in a dict: none may be mixed in."""
+
+    def loss(factor: float) -> Any:
+        return lambda output, labels: factor * F.cross_entropy(output, labels)
+
+    calls: dict[str, Any] = {"bits": (8,), "curvature": False, "out": tmp_path, "kinds": ("weight",)}
+    sensitivity(prepared(), data(), **calls, loss=loss(1.0))
+    sensitivity(prepared(), data(), **calls, loss=loss(1.0))
+    for change in ({"kinds": ("weight", "activation"), "loss": loss(1.0)}, {"loss": loss(10.0)}):
+        with pytest.raises(LowbitError, match="was measured with"):
+            sensitivity(prepared(), data(), **calls | change)
+    model = Fn(lambda m, x: m.fc(x), fc=nn.Linear(4, 3))
+    q = lowbit.prepare(model, RECIPE, {"x": torch.randn(4, 4)})
+    batch = {"x": torch.randn(4, 4), "labels": torch.tensor([0, 1, 2, 0])}
+    here: dict[str, Any] = {"bits": (8,), "curvature": False, "out": tmp_path / "b"}
+    sensitivity(q, [batch], **here)
+    with pytest.raises(LowbitError, match="was measured with data"):
+        sensitivity(q, [batch | {"labels": torch.tensor([1, 1, 1, 1])}], **here)
+
+
+def test_the_observer_of_the_rule_finds_the_ranges_also_after_calibration() -> None:
+    rule = replace(RECIPE.rules[0], observer="minmax")
+    tables = []
+    for recipe in (RECIPE, replace(RECIPE, rules=(rule,))):
+        q = lowbit.prepare(network(), recipe, data()[0][0])
+        lowbit.calibrate(q, [x for x, _ in data()])
+        tables.append(sensitivity(q, data(), bits=(4,), kinds=("activation",), curvature=False))
+    mse, minmax = ([s.probes[0].noise for s in t] for t in tables)
+    assert mse != minmax
+
+
+def test_frozen_weights_have_a_curvature_too() -> None:
+    q = prepared()
+    plain = sensitivity(q, data(), bits=(4,), kinds=("weight",))
+    for p in q.parameters():
+        p.requires_grad_(False)
+    with torch.no_grad():
+        frozen = sensitivity(q, data(), bits=(4,), kinds=("weight",))
+    assert [s.probes[0].hessian for s in plain] == [s.probes[0].hessian for s in frozen]
+    assert not any(p.requires_grad for p in q.parameters())
+
+
+def test_attention_has_a_curvature() -> None:
+    torch.manual_seed(0)
+    model = Fn(
+        lambda m, x: m.o(F.scaled_dot_product_attention(m.q(x), m.k(x), x).mean(1)),
+        q=nn.Linear(8, 8),
+        k=nn.Linear(8, 8),
+        o=nn.Linear(8, 3),
+    ).eval()
+    x = torch.randn(4, 5, 8)
+    q = lowbit.prepare(model, Recipe(rules=(Rule(weight=INT8),)), x)
+    table = sensitivity(q, [(x, torch.tensor([0, 1, 2, 0]))], bits=(4,), kinds=("weight",))
+    assert all(s.probes[0].hessian is not None for s in table)
+
+
+def test_one_logit_and_impossible_classes() -> None:
+    """KL has nothing to say about one number; of a class that cannot be there is nothing to compare."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 4)
+    one = lowbit.prepare(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), Recipe(rules=(Rule(weight=INT8),)), x)
+    table = sensitivity(one, [x], bits=(8, 2), kinds=("weight",), curvature=False)
+    assert [p.kl for p in table.sites[0].probes] == [0, 0]
+    assert table.sites[0].probes[1].noise > 0
+
+    mask = torch.tensor([0.0, float("-inf"), 0.0])
+    masked = Fn(lambda m, x: m.fc(x) + m.mask, fc=nn.Linear(4, 3))
+    masked.register_buffer("mask", mask)
+    q = lowbit.prepare(masked, Recipe(rules=(Rule(weight=INT8),)), x)
+    (probe,) = sensitivity(q, [x], bits=(2,), kinds=("weight",), curvature=False).sites[0].probes
+    assert 0 < probe.kl < 10
+    assert 0 < probe.noise < 1
+
+
+def test_a_spec_that_fails_leaves_the_model_whole() -> None:
+    q = prepared()
+    modules = dict(q.named_modules())
+    prober = prober_of(q, places_of(q, ("weight",)), data())
+    with (
+        pytest.raises(LowbitError),
+        prober.quantizing(dict.fromkeys(prober.places, QuantSpec(bits=4, granularity=lowbit.PerGroup(1, 5)))),
+    ):
+        pass
+    assert all(q.get_submodule(n) is m for n, m in modules.items() if n)

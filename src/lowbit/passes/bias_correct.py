@@ -116,7 +116,7 @@ def _has_own_scales(layer: QLayer) -> bool:
 
 def _fit(layer: nn.Module, target: list[Tensor], values: list[Tensor], scale: bool) -> tuple[Tensor, Tensor]:
     """Factor and shift of each output channel that take the values closest to the target, float32."""
-    n, sums = 0, torch.zeros(4, 1, dtype=torch.float64)
+    n, sums = 0, torch.zeros(4, 1, dtype=torch.float64, device=values[0].device)
     for wanted, got in zip(target, values, strict=True):
         dim = _channel_dim(layer, got)
         y, x = (t.movedim(dim, 0).flatten(1).double() for t in (wanted, got))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lowbit.core.spec import QuantSpec
@@ -13,8 +14,8 @@ from lowbit.progress import track
 from lowbit.recipe import Recipe
 from lowbit.search.allocation import Allocation
 from lowbit.search.budget import Budget, Free, infeasible, limits_of
-from lowbit.search.solve import least, solve
-from lowbit.search.table import MEASURES, Sensitivity
+from lowbit.search.solve import Resource, least, solve
+from lowbit.search.table import MEASURES, Sensitivity, Site
 
 __all__ = ["Evaluate", "Pins", "allocate", "free_of", "groups_of", "judged", "minimum_bits"]
 
@@ -27,7 +28,7 @@ def allocate(
     table: Sensitivity,
     budget: Budget,
     *,
-    measure: str = "kl",
+    measure: str = "noise",
     pins: Pins | None = None,
     evaluate: Evaluate | None = None,
     tries: int = 8,
@@ -67,7 +68,7 @@ def allocate(
 
 
 def minimum_bits(
-    table: Sensitivity, floor: float, evaluate: Evaluate, *, measure: str = "kl", pins: Pins | None = None
+    table: Sensitivity, floor: float, evaluate: Evaluate, *, measure: str = "noise", pins: Pins | None = None
 ) -> Allocation:
     """The fewest bits whose measured accuracy is at least `floor`: `allocate` for that accuracy alone."""
     return allocate(table, Budget(accuracy=floor), measure=measure, pins=pins, evaluate=evaluate)
@@ -86,16 +87,60 @@ def judged(evaluate: Evaluate, found: Allocation) -> Allocation:
 
 
 def _solved(table: Sensitivity, budget: Budget, measure: str, pins: Pins) -> Allocation:
-    free = free_of(table, pins)
+    free = _usable(free_of(table, pins), measure)
     groups = groups_of(table, free)
     damage = [[site.probes[k].damage(measure) for k in options] for site, options in free]
     limits = limits_of(table, budget, free)
-    choice = solve(damage, [limit.resource for limit in limits], groups)
+    resources = [limit.resource for limit in limits]
+    choice = solve(damage, resources, groups)
     if choice is None:
         raise LowbitError(infeasible(limits, groups))
+    _widen(choice, free, damage, resources, groups)
     specs = {site.path: site.specs[options[c]] for (site, options), c in zip(free, choice, strict=True)}
     pinned = frozenset(table.site(name).path for name in pins)
     return Allocation(table=table, specs=specs, measure=measure, pinned=pinned)
+
+
+def _usable(free: Free, measure: str) -> Free:
+    """Without options at which the network gave no number.
+
+    Raises:
+        LowbitError: a site has no other, or the measure tells nothing apart.
+    """
+    found = [(s, [k for k in options if s.probes[k].damage(measure) < math.inf]) for s, options in free]
+    for site, options in found:
+        if not options:
+            raise LowbitError(f"'{site.name}' makes every {measure} infinite or no number; leave it in float")
+    if not any(site.probes[k].damage(measure) for site, _ in free for k in range(len(site.probes))):
+        raise LowbitError(
+            f"every {measure} in the table is 0, which ranks nothing (KL needs two classes or more, loss and "
+            "drop labels that are right); use measure='noise'"
+        )
+    return found
+
+
+def _widen(
+    choice: list[int],
+    free: Free,
+    damage: Sequence[Sequence[float]],
+    resources: Sequence[Resource],
+    groups: Sequence[Sequence[int]],
+) -> None:
+    """Of choices with the same damage take one with more bits, as far as the limits go, in place."""
+    grouped = {i for members in groups for i in members}
+    for members in [*groups, *([i] for i in range(len(free)) if i not in grouped)]:
+        options = range(len(free[members[0]][1]))
+        for c in sorted(options, key=lambda c: -free[members[0]][0].specs[free[members[0]][1][c]].bits):
+            if c == choice[members[0]]:
+                break
+            before = [choice[i] for i in members]
+            for i in members:
+                choice[i] = c
+            same = all(damage[i][c] <= damage[i][b] for i, b in zip(members, before, strict=True))
+            if same and all(r.holds(choice) for r in resources):
+                break
+            for i, b in zip(members, before, strict=True):
+                choice[i] = b
 
 
 def _smallest(
@@ -145,17 +190,28 @@ def free_of(table: Sensitivity, pins: Pins) -> Free:
 
 
 def groups_of(table: Sensitivity, free: Free) -> list[list[int]]:
-    """Numbers of the items that take the same option; a pin of one of them is a pin of all."""
+    """Numbers of the items that take the same option; a pin of one of them is a pin of all.
+
+    Options that some of them lack go, and the others are put in one order, in place.
+    """
     index = {site.path: i for i, (site, _) in enumerate(free)}
     groups = []
     for paths in table.groups:
         members = [index[path] for path in paths]
-        allowed = set.intersection(*({free[i][0].specs[k].bits for k in free[i][1]} for i in members))
-        for i in members:
-            site, options = free[i]
-            free[i] = site, [k for k in options if site.specs[k].bits in allowed]
-        if not allowed:
+        options = [{label: k for label, k in _labels(free[i][0]) if k in free[i][1]} for i in members]
+        shared = [label for label in options[0] if all(label in other for other in options)]
+        if not shared:
             names = " and ".join(f"'{free[i][0].name}'" for i in members)
             raise LowbitError(f"{names} must have the same bits, and are pinned to different ones")
+        for i, known in zip(members, options, strict=True):
+            free[i] = free[i][0], [known[label] for label in shared]
         groups.append(members)
     return groups
+
+
+def _labels(site: Site) -> Iterator[tuple[tuple[int, int], int]]:
+    """(bits, how many before it have as many) of every spec, and its number: the same for sites alike."""
+    seen: Counter[int] = Counter()
+    for k, spec in enumerate(site.specs):
+        yield (spec.bits, seen[spec.bits]), k
+        seen[spec.bits] += 1

@@ -126,7 +126,7 @@ class Allocation:
         return f"{table}\n{'; '.join(parts)}{end}"
 
 
-def uniform(table: Sensitivity, bits: int, *, measure: str = "kl") -> Allocation:
+def uniform(table: Sensitivity, bits: int, *, measure: str = "noise") -> Allocation:
     """Every site at the same width, to compare with.
 
     Raises:

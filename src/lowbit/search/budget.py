@@ -61,24 +61,24 @@ def limits_of(table: Sensitivity, budget: Budget, free: Free) -> list[Limit]:
         resource = Resource(name="bytes", limit=budget.bytes - other, usage=sizes)
         found.append(Limit(resource, lambda v: f"{v + other:,.0f} bytes"))
     if budget.compression is not None:
-        most = math.floor(whole / budget.compression)
+        most = _whole(whole / budget.compression)
         resource = Resource(name="compression", limit=most - other, usage=sizes)
-        found.append(Limit(resource, lambda v: f"a compression of {whole / (v + other):.4g}"))
+        found.append(Limit(resource, lambda v: f"a compression of {_down(whole / (v + other))}"))
     if budget.average_bits is not None:
         weights = sum(site.elements for site, _ in free if site.kind == "weight")
         usage = [
             [float(site.specs[k].bits * site.elements * (site.kind == "weight")) for k in options]
             for site, options in free
         ]
-        resource = Resource(name="average_bits", limit=budget.average_bits * weights, usage=usage)
-        found.append(Limit(resource, lambda v: f"{v / max(1, weights):.4g} bits a weight"))
+        resource = Resource(name="average_bits", limit=_whole(budget.average_bits * weights), usage=usage)
+        found.append(Limit(resource, lambda v: f"{_up(v / max(1, weights))} bits a weight"))
     if budget.bops is not None:
         found.append(Limit(_bops(free, budget.bops), lambda v: f"{v:,.0f} bit operations"))
     if budget.latency is not None:
         rest = table.other_latency or 0.0
         usage = [[site.latency[k] if site.latency else 0.0 for k in options] for site, options in free]
-        resource = Resource(name="latency", limit=budget.latency - rest, usage=usage)
-        found.append(Limit(resource, lambda v: f"{v + rest:.4g} ms"))
+        resource = Resource(name="latency", limit=(budget.latency - rest) * (1 + 1e-9), usage=usage)
+        found.append(Limit(resource, lambda v: f"{_up(v + rest)} ms"))
     return found
 
 
@@ -94,7 +94,21 @@ def _bops(free: Free, limit: float) -> Resource:
             j = index[site.inputs]
             right = [float(free[j][0].specs[k].bits) for k in free[j][1]]
             products.append(Product(items=(i, j), factor=float(site.macs), left=bits, right=right))
-    return Resource(name="bops", limit=limit, usage=usage, products=tuple(products))
+    return Resource(name="bops", limit=_whole(limit), usage=usage, products=tuple(products))
+
+
+def _whole(limit: float) -> float:
+    """A limit of something that is counted, so that a budget of exactly what a choice takes admits it."""
+    return math.floor(limit * (1 + 1e-12) + 1e-6)
+
+
+def _down(value: float) -> str:
+    """At most four decimals, never more than the value: what may be asked for instead."""
+    return f"{math.floor(value * 1e4 + 1e-6) / 1e4:.4f}".rstrip("0").rstrip(".")
+
+
+def _up(value: float) -> str:
+    return _down(-value).removeprefix("-")
 
 
 def infeasible(limits: Sequence[Limit], groups: list[list[int]]) -> str:

@@ -11,11 +11,13 @@ L(w + d) - L(w) = 1/2 d^T H d. Two diagonals stand in for H:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowbit.core.affine import choose_qparams, fake_quantize
 from lowbit.core.spec import QuantSpec
@@ -23,7 +25,7 @@ from lowbit.search.prober import Prober
 from lowbit.search.sites import Place
 from lowbit.training.batches import Batch
 
-__all__ = ["fisher_of", "hessian_of"]
+__all__ = ["Found", "fisher_of", "hessian_of"]
 
 # samples that the expansion is taken on, and random vectors of Hutchinson's estimator
 SAMPLES = 256
@@ -43,7 +45,7 @@ def fisher_of(prober: Prober, wanted: Sequence[Sequence[QuantSpec]]) -> Found:
     squares = {path: torch.zeros_like(w) for path, w in weights.items()}
     found: Found = {(p.path, spec): 0.0 for p, specs in pairs for spec in specs}
     seen = 0
-    with prober.in_float(), _watching(prober) as activations:
+    with prober.in_float(), _differentiable(weights.values()), _watching(prober) as activations:
         for batch in _some(prober):
             loss = prober.objective.task(batch.inputs.call(prober.gm), batch.labels)
             live = list(activations.values())
@@ -71,12 +73,29 @@ def _add_activation(found: Found, prober: Prober, path: str, x: Tensor, g: Tenso
 
 
 def hessian_of(prober: Prober, wanted: Sequence[Sequence[QuantSpec]], seed: int) -> Found:
-    """1/2 tr(H) / n |d|^2 for every weight and spec."""
+    """1/2 tr(H) / n |d|^2 for every weight and spec; nothing, with a warning, where some operation of the
+    network has no second derivative in PyTorch.
+    """
     pairs = [(p, s) for p, s in zip(prober.places.values(), wanted, strict=True) if p.layer is not None]
     weights = [p.layer.weight for p, _ in pairs if p.layer is not None]
+    try:
+        traces = _traces(prober, weights, seed)
+    except (RuntimeError, NotImplementedError) as error:
+        warnings.warn(f"no Hessian trace, for the loss cannot be differentiated twice: {error}", stacklevel=2)
+        return {}
+    found: Found = {}
+    for (place, specs), weight, trace in zip(pairs, weights, traces, strict=True):
+        for spec in specs:
+            d = _change(prober, place, weight.detach(), spec)
+            found[place.path, spec] = 0.5 * max(0.0, trace) / weight.numel() * d.square().sum().item()
+    return found
+
+
+def _traces(prober: Prober, weights: Sequence[nn.Parameter], seed: int) -> list[float]:
+    """tr(H) of the mean loss by each weight."""
     generator = torch.Generator().manual_seed(seed)
     traces, seen = [0.0] * len(weights), 0
-    with prober.in_float():
+    with prober.in_float(), _differentiable(weights), sdpa_kernel(SDPBackend.MATH):
         for batch in _some(prober):
             loss = prober.objective.task(batch.inputs.call(prober.gm), batch.labels)
             grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
@@ -96,12 +115,21 @@ def hessian_of(prober: Prober, wanted: Sequence[Sequence[QuantSpec]], seed: int)
                     if hv is not None:
                         traces[i] += batch.samples * (signs[i] * hv).sum().item() / VECTORS
             seen += batch.samples
-    found: Found = {}
-    for (place, specs), weight, trace in zip(pairs, weights, traces, strict=True):
-        for spec in specs:
-            d = _change(prober, place, weight.detach(), spec)
-            found[place.path, spec] = 0.5 * max(0.0, trace / seen) / weight.numel() * d.square().sum().item()
-    return found
+    return [trace / seen for trace in traces]
+
+
+@contextmanager
+def _differentiable(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """While open, gradients are recorded, those of frozen weights too."""
+    frozen = [w for w in weights if not w.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def _some(prober: Prober) -> Iterator[Batch]:

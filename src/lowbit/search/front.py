@@ -21,7 +21,7 @@ def pareto(
     budgets: Iterable[Budget],
     *,
     evaluate: Evaluate | None = None,
-    measure: str = "kl",
+    measure: str = "noise",
     pins: Pins | None = None,
 ) -> list[Allocation]:
     """The best allocation for each budget, smallest first; each evaluated, where `evaluate` is given."""
@@ -57,17 +57,17 @@ def plot(points: Sequence[Allocation], path: str | Path, marked: Sequence[Alloca
         marked: points to set apart, such as the uniform recipes.
 
     Raises:
-        LowbitError: matplotlib is not installed.
+        LowbitError: matplotlib is not installed, or there is no point.
     """
     try:
-        import matplotlib as mpl
+        from matplotlib.figure import Figure
     except ImportError:
         raise LowbitError("a plot needs matplotlib; pip install matplotlib") from None
-    mpl.use("agg")
-    from matplotlib import pyplot
-
+    if not points:
+        raise LowbitError("there is no point to plot; pass what lowbit.search.pareto returns")
     measured = all(p.accuracy is not None for p in (*points, *marked))
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 7), height_ratios=(3, 2))
+    figure = Figure(figsize=(8, 7))
+    above, below = figure.subplots(2, 1, height_ratios=(3, 2))
     for series, style, label in ((points, "o-", "mixed"), (marked, "s", "uniform")):
         if series:
             size = [p.bytes / 1024 for p in series]
@@ -83,4 +83,3 @@ def plot(points: Sequence[Allocation], path: str | Path, marked: Sequence[Alloca
     below.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from lowbit.errors import LowbitError
 from lowbit.search.prober import Sums
 from lowbit.training.state import first_difference, plain
 
-__all__ = ["Journal", "Key", "digest"]
+__all__ = ["Journal", "Key", "digest", "named"]
 
 # part of the data, path of the place, spec
 Key = tuple[int, str, QuantSpec]
@@ -43,19 +44,19 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LowbitError(f"out='{folder}' is no folder to write to: {error.strerror or error}") from None
-        for path in sorted(folder.glob("probes*.jsonl")):
-            self._read(path)
         rank = distributed.rank()
         mine = folder / ("probes.jsonl" if rank == 0 else f"probes.{rank}.jsonl")
+        for path in sorted(folder.glob("probes*.jsonl")):
+            self._read(path, mine=path == mine)
         fresh = not mine.exists() or not mine.stat().st_size
         self.file = mine.open("a", encoding="utf-8")
         if fresh:
             self._write(self.identity)
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path, *, mine: bool) -> None:
         text = path.read_text(encoding="utf-8")
         lines = text.split("\n")
-        if lines[-1]:  # cut off in the middle of a line
+        if lines[-1] and mine:  # cut off in the middle of a line
             path.write_text(text[: len(text) - len(lines[-1])], encoding="utf-8")
         if len(lines) < 2:
             return
@@ -91,6 +92,28 @@ class Journal:
         """Nothing is written any more."""
         if self.file is not None:
             self.file.close()
+
+
+def named(value: Any) -> str:
+    """What a name or a function is, so that another one is noticed: for a function, by its code."""
+    if isinstance(value, str):
+        return value
+    name = f"{getattr(value, '__qualname__', type(value).__qualname__)}"
+    code = getattr(value, "__code__", None)
+    if not isinstance(code, CodeType):
+        shown = repr(value)
+        return name if " at 0x" in shown else f"{name} {shown}"
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    fixed = [*cells, *(value.__defaults__ or ())]
+    text = [v for v in fixed if isinstance(v, (int, float, str, type(None)))]
+    return f"{name} {hashlib.sha256(_code(code) + repr(text).encode()).hexdigest()[:16]}"
+
+
+def _code(code: CodeType) -> bytes:
+    """What a function does, without where it is written."""
+    inner = b"".join(_code(c) for c in code.co_consts if isinstance(c, CodeType))
+    constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
+    return code.co_code + repr((code.co_names, constants)).encode() + inner
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor
 from lowbit import distributed
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
-from lowbit.graph.run import peak_bytes
+from lowbit.graph.inputs import Inputs
 from lowbit.model import QuantizedModel
 from lowbit.progress import track
-from lowbit.search.curvature import fisher_of, hessian_of
-from lowbit.search.journal import Journal, Key, digest
+from lowbit.search.curvature import Found, fisher_of, hessian_of
+from lowbit.search.journal import Journal, Key, digest, named
 from lowbit.search.prober import Prober, Sums
 from lowbit.search.sites import (
     Candidate,
@@ -68,7 +68,7 @@ def sensitivity(
         class_axis: axis of the logits that runs over classes.
         num_batches: how many batches to use; all by default.
         curvature: Fisher information and Hessian trace too, which cost little; they need labels.
-        memory: bytes of activations to hold.
+        memory: bytes of activations to hold; outputs, and what corrections are fitted on, come on top.
         seed: of the Hessian's random vectors.
         out: folder for `probes.jsonl`, in which every finished probe is; what is there is not measured again.
 
@@ -85,17 +85,20 @@ def sensitivity(
     places = places_of(q, kinds)
     wanted = [candidates_of(place, bits) for place in places]
     prober = prober_of(q, places, data, loss, metric, class_axis, num_batches)
-    parts = list(_parts(prober, memory))
-    names = {"loss": loss, "metric": metric}
-    journal = Journal(None if out is None else Path(out), _identity(prober, parts, names))
+    parts = prober.parts(memory)
+    names = {"loss": loss, "metric": metric, "class_axis": class_axis, "kinds": sorted(kinds)}
+    identity = {} if out is None else _identity(prober, parts, names)
+    journal = Journal(None if out is None else Path(out), identity)
     try:
         reference = _reference(prober, parts)
         _probe(prober, wanted, parts, journal)
     finally:
         journal.close()
-    cheap = _curvature(prober, wanted, seed) if curvature and prober.labelled else {}
-    table = _table(prober, wanted, parts, journal, reference, cheap)
-    return table
+    fisher: Found = {}
+    hessian: Found = {}
+    if curvature and prober.labelled:
+        fisher, hessian = fisher_of(prober, wanted), hessian_of(prober, wanted, seed)
+    return _table(prober, wanted, parts, journal, reference, fisher, hessian)
 
 
 def prober_of(
@@ -128,39 +131,31 @@ def prober_of(
     return Prober(q, places, batches, Objective(settings, has_teacher=False))
 
 
-def _parts(prober: Prober, memory: int) -> Iterator[list[int]]:
-    """Numbers of the batches that are held in memory together."""
-    each, held = max(1, peak_bytes(prober.gm)), 0
-    part: list[int] = []
-    for i, batch in enumerate(prober.batches):
-        size = each * batch.samples
-        if part and held + size > memory:
-            yield part
-            part, held = [], 0
-        part.append(i)
-        held += size
-    yield part
-
-
 def _identity(prober: Prober, parts: list[list[int]], names: dict[str, Any]) -> dict[str, Any]:
     """What two runs must share for their probes to be of one table."""
-    tensors = [
-        t
-        for batch in prober.batches
-        for t in (*batch.inputs.args, *batch.inputs.kwargs.values(), batch.labels)
-        if isinstance(t, Tensor)
-    ]
     return {
         "format": 1,
         "model": digest(prober.q.state_dict().values()),
-        "data": digest(tensors),
+        "data": digest(t for batch in prober.batches for t in _tensors((batch.inputs, batch.labels))),
         "parts": parts,
         "recipe": prober.q.recipe.to_dict(),
-        **{
-            k: v if isinstance(v, str) else getattr(v, "__qualname__", type(v).__name__)
-            for k, v in names.items()
-        },
+        **{name: value if isinstance(value, (int, list)) else named(value) for name, value in names.items()},
     }
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All of them, wherever they are in it; the names of dicts count too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Inputs):
+        yield from _tensors((value.args, dict(value.kwargs)))
+    elif isinstance(value, dict):
+        for name in sorted(value):
+            yield torch.tensor(list(str(name).encode()))
+            yield from _tensors(value[name])
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _reference(prober: Prober, parts: list[list[int]]) -> Sums:
@@ -207,18 +202,14 @@ def _share(journal: Journal, places: list[Place], wanted: list[list[QuantSpec]],
             journal.known.setdefault(keys[int(name)], Sums(*values.tolist()))
 
 
-def _curvature(prober: Prober, wanted: list[list[QuantSpec]], seed: int) -> dict[tuple[str, QuantSpec], Any]:
-    fisher, hessian = fisher_of(prober, wanted), hessian_of(prober, wanted, seed)
-    return {key: (value, hessian.get(key)) for key, value in fisher.items()}
-
-
 def _table(
     prober: Prober,
     wanted: list[list[QuantSpec]],
     parts: list[list[int]],
     journal: Journal,
     reference: Sums,
-    cheap: dict[tuple[str, QuantSpec], Any],
+    fisher: Found,
+    hessian: Found,
 ) -> Sensitivity:
     places, n = list(prober.places.values()), reference.samples
     rows = []
@@ -226,15 +217,14 @@ def _table(
         probes = []
         for spec in specs:
             sums = sum((journal.known[number, place.path, spec] for number in range(len(parts))), Sums())
-            fisher, hessian = cheap.get((place.path, spec), (None, None))
             probe = Probe(
                 spec=spec,
-                kl=sums.kl / n,
-                noise=sums.noise / sums.signal if sums.signal else 0.0,
+                kl=(sums.kl - reference.kl) / n,
+                noise=(sums.noise - reference.noise) / sums.signal if sums.signal else 0.0,
                 loss=(sums.loss - reference.loss) / n if prober.labelled else None,
                 drop=(reference.metric - sums.metric) / n if prober.labelled else None,
-                fisher=fisher,
-                hessian=hessian,
+                fisher=fisher.get((place.path, spec)),
+                hessian=hessian.get((place.path, spec)),
             )
             probes.append(probe)
         rows.append(replace(site, probes=tuple(probes), bytes=tuple(place.bytes(spec) for spec in specs)))

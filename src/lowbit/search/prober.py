@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lowbit.core.affine import group_amin_amax
-from lowbit.core.observers import MSE, Observer
+from lowbit.core.observers import Observer, observers
 from lowbit.core.ranges import least_error_range_of
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.graph.cursor import Cursor
 from lowbit.graph.rewrite import swap
-from lowbit.graph.run import flat_tensors
+from lowbit.graph.run import flat_tensors, peak_bytes
 from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
@@ -83,8 +83,7 @@ class Prober:
     def _look(self) -> list[_Reference]:
         for path, place in self.places.items():
             if place.kind == "activation":
-                known = place.quantizer.observer
-                self.observers[path] = (MSE if known is None else type(known))(place.quantizer.spec)
+                self.observers[path] = observers.get(place.observer)(place.quantizer.spec)
         found = []
         with self.in_float(), torch.inference_mode():
             for path, observer in self.observers.items():
@@ -92,8 +91,7 @@ class Prober:
                 self.stand_ins[path].mode = "observe"
             for batch in self.batches:
                 output = batch.inputs.call(self.gm)
-                log_p = F.log_softmax(logits_of(output).double(), dim=self.objective.settings.class_axis)
-                found.append(_Reference(flat_tensors(output), log_p))
+                found.append(_Reference(flat_tensors(output), self._log_softmax(output)))
         return found
 
     @contextmanager
@@ -103,11 +101,12 @@ class Prober:
         Quantizers that are no places stay as they are.
         """
         training = [(m, m.training) for m in self.gm.modules()]
-        self.gm.eval()
-        for path in self.places:
-            swap(self.gm, path, self.stand_ins[path])
-            self.set(path, choice.get(path))
         try:
+            self.gm.eval()
+            for path in self.places:
+                swap(self.gm, path, self.stand_ins[path])
+            for path in self.places:
+                self.set(path, choice.get(path))
             yield
         finally:
             for path, place in self.places.items():
@@ -157,16 +156,40 @@ class Prober:
                 self.ranges[key] = observer.range()
         return self.ranges[key]
 
+    def parts(self, memory: int) -> list[list[int]]:
+        """Numbers of the batches that a cursor holds at once, within so many bytes of activations.
+
+        Where outputs are corrected, a part has FITTED samples at least, for the fit.
+        """
+        each, least = max(1, peak_bytes(self.gm)), 0 if self._corrects is None else FITTED
+        found: list[list[int]] = [[]]
+        samples = 0
+        for i, batch in enumerate(self.batches):
+            if samples and samples >= least and each * (samples + batch.samples) > memory:
+                found.append([])
+                samples = 0
+            found[-1].append(i)
+            samples += batch.samples
+        if len(found) > 1 and samples < least:
+            last = found.pop()
+            found[-1] += last
+        return found
+
+    @property
+    def _corrects(self) -> bool | None:
+        """Whether the recipe corrects the scale of outputs too; None where it corrects nothing."""
+        steps = [CORRECTIONS[name] for name in self.q.recipe.refine if name in CORRECTIONS]
+        return any(steps) if steps else None
+
     def cursor(self, which: Sequence[int]) -> Cursor:
         """Before the first node, over some of the batches.
 
         Where the recipe corrects the outputs of layers, so does the run, by a fit on the first FITTED.
         """
         data = [self.batches[i].inputs for i in which]
-        scale = next((CORRECTIONS[name] for name in self.q.recipe.refine if name in CORRECTIONS), None)
-        if scale is None:
+        if self._corrects is None:
             return Cursor(self.gm, data)
-        return Cursor(self.gm, data, Corrected(self._targets(which), scale=scale))
+        return Cursor(self.gm, data, Corrected(self._targets(which), scale=self._corrects))
 
     def _targets(self, which: Sequence[int]) -> dict[fx.Node, list[Tensor]]:
         """What layers give in float for the first batches, kept for the next cursor over the same."""
@@ -191,18 +214,26 @@ class Prober:
 
     @torch.inference_mode()
     def _measure_batch(self, batch: Batch, reference: _Reference, output: Any) -> Sums:
-        n, axis = batch.samples, self.objective.settings.class_axis
-        log_q = F.log_softmax(logits_of(output).double(), dim=axis)
-        kl = (reference.log_p.exp() * (reference.log_p - log_q)).sum(dim=axis).mean().item()
+        n, log_q = batch.samples, self._log_softmax(output)
+        # of two classes that are both impossible there is nothing to compare
+        terms = F.kl_div(log_q, reference.log_p, log_target=True, reduction="none")
+        possible = reference.log_p > -math.inf
+        kl = terms.where(possible, torch.zeros_like(terms)).sum().item() * log_q.shape[-1] / log_q.numel()
         noise = signal = 0.0
         for wanted, found in zip(reference.outputs, flat_tensors(output), strict=True):
-            noise += (wanted.double() - found.double()).square().sum().item()
-            signal += wanted.double().square().sum().item()
+            finite = wanted.isfinite()
+            noise += (wanted[finite].double() - found[finite].double()).square().sum().item()
+            signal += wanted[finite].double().square().sum().item()
         loss = metric = 0.0
         if self.labelled:
             loss = float(self.objective.task(output, batch.labels))
             metric = self._metric(output, batch.labels)
         return Sums(n, loss * n, metric * n, kl * n, noise, signal)
+
+    def _log_softmax(self, output: Any) -> Tensor:
+        """Log-probabilities of the classes, on the last axis; of one class where there is no such axis."""
+        logits, axis = logits_of(output).double(), self.objective.settings.class_axis
+        return F.log_softmax(logits.movedim(axis, -1) if logits.ndim > axis else logits[..., None], dim=-1)
 
     def _metric(self, output: Any, labels: Any) -> float:
         settings = self.objective.settings

@@ -8,13 +8,14 @@ tried, then those with fewer changes at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.progress import track
-from lowbit.search.allocate import Pins, free_of, groups_of
+from lowbit.search.allocate import Evaluate, Pins, free_of, groups_of, judged
 from lowbit.search.allocation import Allocation
 from lowbit.search.budget import Budget, Free, limits_of
 from lowbit.search.prober import Prober, Sums
@@ -56,6 +57,8 @@ def measured(prober: Prober, sums: Sums, measure: str) -> float:
     """
     if measure not in MEASURED:
         raise LowbitError(f"'{measure}' is no measure of a run; use one of {', '.join(MEASURED)}")
+    if measure == "loss" and not prober.labelled:
+        raise LowbitError("'loss' needs labels, and the data has none; use kl or noise")
     if measure == "noise":
         return sums.noise / sums.signal if sums.signal else 0.0
     return (sums.kl if measure == "kl" else sums.loss) / sums.samples
@@ -66,9 +69,10 @@ def repair(
     start: Allocation,
     budget: Budget,
     *,
-    parts: Sequence[Sequence[int]] | None = None,
     pins: Pins | None = None,
+    evaluate: Evaluate | None = None,
     rounds: int = ROUNDS,
+    memory: int = 1 << 30,
 ) -> Repaired:
     """Improve an allocation by true evaluations, within its budget.
 
@@ -77,12 +81,18 @@ def repair(
     Args:
         prober: over the places of the table, with the data to measure on.
         start: from `allocate`.
-        budget, pins: as given to `allocate`.
-        parts: numbers of the batches to hold together; all at once by default.
+        budget, pins: as given to `allocate`. Where it asks for an accuracy, the answer is no larger than the
+            start.
+        evaluate: as for `allocate`: of the start and of what became of it, the answer is the more accurate.
         rounds: of measuring around the answer.
+        memory: bytes of activations to hold, as for `sensitivity`.
+
+    Raises:
+        LowbitError: the measure of the start is none that a run gives, or one that needs labels.
     """
-    parts = [list(range(len(prober.batches)))] if parts is None else parts
-    task = _Task(prober, start.table, budget, start.measure, parts, free_of(start.table, pins or {}))
+    within = budget if budget.accuracy is None else replace(budget, accuracy=None, bytes=start.bytes)
+    free = free_of(start.table, pins or {})
+    task = _Task(prober, start.table, within, start.measure, prober.parts(memory), free)
     now = dict(start.specs)
     history = [task.damage(now)]
     for specs in task.uniform():
@@ -96,12 +106,22 @@ def repair(
             break
         now, damage = found
         history.append(damage)
+    answer = start if now == start.specs else replace(start, specs=now, accuracy=None, holds=True)
+    if evaluate is not None:
+        answer = _more_accurate(start, answer, budget, evaluate)
     changes = tuple(
-        (site.name, str(start.specs[site.path]), str(now[site.path]))
+        (site.name, str(start.specs[site.path]), str(answer.specs[site.path]))
         for site in start.table
-        if start.specs[site.path] != now[site.path]
+        if start.specs[site.path] != answer.specs[site.path]
     )
-    return Repaired(replace(start, specs=now), tuple(history), changes)
+    return Repaired(answer, tuple(history), changes)
+
+
+def _more_accurate(start: Allocation, found: Allocation, budget: Budget, evaluate: Evaluate) -> Allocation:
+    """The better of two, each with its accuracy."""
+    pair = [a if a.accuracy is not None else judged(evaluate, a) for a in (start, found)]
+    best = max(pair, key=lambda a: a.accuracy or 0.0)
+    return best if budget.accuracy is None else replace(best, holds=(best.accuracy or 0.0) >= budget.accuracy)
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,10 @@ class _Task:
         with self.prober.quantizing(specs):
             for part in self.parts:
                 total += self.prober.measure(part, self.prober.cursor(part).behind())
-        return measured(self.prober, total, self.measure)
+        return self._of(total)
+
+    def _of(self, sums: Sums) -> float:
+        return measured(self.prober, sums, self.measure)
 
     def uniform(self) -> Iterator[Specs]:
         """Each width that all sites may have within the budget."""
@@ -177,7 +200,7 @@ class _Task:
                     prober.set(site.path, now[site.path])
         return [
             {site.specs.index(now[site.path]): 0.0}
-            | {k: measured(prober, total, self.measure) - damage for k, total in row.items()}
+            | {k: change for k, v in row.items() if math.isfinite(change := self._of(v) - damage)}
             for (site, _), row in zip(self.free, sums, strict=True)
         ]
 

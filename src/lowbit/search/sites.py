@@ -11,8 +11,8 @@ from torch import fx
 from lowbit.core.spec import PerChannel, QuantSpec
 from lowbit.cost import cost_of, stored_bytes
 from lowbit.errors import LowbitError, expect
-from lowbit.graph.match import operands, path_name, quantizer_of, rule_name
-from lowbit.graph.ops import INTEGER, kind_of
+from lowbit.graph.match import is_folded_later, operands, path_name, quantizer_of, rule_name, tail_of
+from lowbit.graph.ops import INTEGER, kind_of, module_of
 from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
@@ -48,8 +48,9 @@ class Place:
     layer: QLayer | None
     # the call that reaches it first: what runs before does not depend on it
     node: fx.Node
-    # its spec as a rule has it
+    # its spec, and the way its range is found, as a rule has them
     spec: QuantSpec
+    observer: str
 
     def applied(self, spec: QuantSpec) -> QuantSpec:
         """A rule's spec with its channels on the axis where this layer has them."""
@@ -76,15 +77,25 @@ def candidates_of(place: Place, candidates: Sequence[Candidate]) -> list[QuantSp
     Raises:
         LowbitError: there is none, or one that does not fit the place.
     """
-    if not candidates:
-        raise LowbitError("bits=() leaves nothing to choose from; pass widths or specs, such as (8, 4, 2)")
+    if not isinstance(candidates, Sequence) or not candidates:
+        raise LowbitError(
+            f"bits={candidates!r} leaves nothing to choose from; pass widths, such as (8, 4, 2)"
+        )
     found: list[QuantSpec] = []
     for candidate in candidates:
         if isinstance(candidate, QuantSpec):
             if place.kind == "activation":
                 continue
             spec = candidate
-            place.applied(spec).scale_shape(place.layer.weight.shape)  # type: ignore[union-attr]
+            if isinstance(spec.granularity, PerChannel) and spec.granularity != PerChannel(0):
+                raise LowbitError(
+                    f"the candidate {spec} has an axis of its own; PerChannel(0) is the outputs'"
+                )
+            assert place.layer is not None
+            try:
+                place.applied(spec).scale_shape(place.layer.weight.shape)
+            except LowbitError as error:
+                raise LowbitError(f"'{place.name}' cannot have the candidate {spec}: {error}") from None
         else:
             expect(candidate, int, f"bits entry {candidate!r}", "pass whole numbers, or QuantSpecs")
             spec = narrowed(place.spec, candidate, place.kind)
@@ -92,6 +103,11 @@ def candidates_of(place: Place, candidates: Sequence[Candidate]) -> list[QuantSp
             raise LowbitError(f"the candidate {spec} is no integer; pass widths or specs of kind 'int'")
         if spec not in found:
             found.append(spec)
+    if not found:
+        raise LowbitError(
+            f"no candidate is a width, so the inputs of '{place.name}' have nothing to choose from; add "
+            'widths, or measure kinds=("weight",)'
+        )
     return found
 
 
@@ -141,15 +157,20 @@ def _weights(gm: fx.GraphModule) -> Iterator[Place]:
                 layer=layer,
                 node=node,
                 spec=spec,
+                observer=rules[name].weight_observer,
             )
 
 
 def _activations(gm: fx.GraphModule) -> Iterator[Place]:
-    readers = _readers(gm)
+    readers, rules = _readers(gm), {d.name: d.rule for d in gm.meta["decisions"]}
+    writers = {tail_of(n): rule_name(n) for n in gm.graph.nodes if kind_of(n) in INTEGER}
     for path, quantizer in gm.named_modules():
         node = _caller(gm, path)
-        names = readers.get(id(quantizer))
-        if not isinstance(quantizer, Quantizer) or quantizer.spec.kind != "int" or not names or node is None:
+        if not isinstance(quantizer, Quantizer) or quantizer.spec.kind != "int" or node is None:
+            continue
+        # what nobody reads as codes follows the rule of its writer
+        names = readers.get(id(quantizer)) or [writers[n] for n in node.all_input_nodes if n in writers]
+        if not names:
             continue
         yield Place(
             path=path,
@@ -160,6 +181,7 @@ def _activations(gm: fx.GraphModule) -> Iterator[Place]:
             layer=None,
             node=node,
             spec=quantizer.spec,
+            observer=rules[names[0]].observer,
         )
 
 
@@ -244,10 +266,28 @@ def _sample_size(node: fx.Node) -> int:
 
 
 def other_bytes(q: QuantizedModel, places: Sequence[Place]) -> tuple[int, int]:
-    """Bytes of everything but the chosen weights, and of the whole network in float32."""
+    """Bytes of everything but the chosen weights, and of the whole network in float32.
+
+    Both with BatchNorm folded and every bias in place, as the network is deployed.
+    """
     cost = cost_of(q.graph)
     chosen = sum(p.bytes(p.quantizer.spec) for p in places)
-    return cost.bytes - chosen, cost.float_bytes
+    change = 0
+    for node in q.graph.graph.nodes:
+        if is_folded_later(node):
+            norm = module_of(node)
+            change -= sum(t.numel() * t.element_size() for t in (*norm.parameters(), *norm.buffers()))
+        layer = module_of(node) if kind_of(node) == "layer" else None
+        if isinstance(layer, QLayer) and getattr(layer, "bias", 0) is None:
+            gains = q.recipe.refine or any(map(is_folded_later, node.users))
+            change += 4 * _outputs(layer) if gains else 0
+    return cost.bytes + change - chosen, cost.float_bytes + change
+
+
+def _outputs(layer: QLayer) -> int:
+    """Channels that a layer writes."""
+    groups = getattr(layer, "groups", 1) if layer.channel_axis == 1 else 1
+    return layer.weight.shape[layer.channel_axis] * groups
 
 
 def resolved(q: QuantizedModel) -> Recipe:

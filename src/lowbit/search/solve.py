@@ -9,6 +9,8 @@ What it returns is rounded and counted again; an answer that only its tolerances
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +25,10 @@ __all__ = ["Product", "Resource", "least", "solve"]
 Table = Sequence[Sequence[float]]
 # The largest number in what is minimized: HiGHS stops within 1e-6 of the optimum, whatever its size.
 SCALE = 1e3
+# Damages are solved again when those that can matter are so much smaller than the largest.
+SPREAD = 1e3
+# Answers beyond a limit that are cut off one by one, before the limits are made tighter by HiGHS's tolerance.
+CUTS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,10 @@ class Resource:
     # [items][options]
     usage: Table
     products: tuple[Product, ...] = ()
+
+    def holds(self, choice: Sequence[int]) -> bool:
+        """Whether a choice keeps the limit, but for the rounding of its sum."""
+        return self.used(choice) <= self.limit + 1e-12 * abs(self.limit)
 
     def used(self, choice: Sequence[int]) -> float:
         """What a choice takes of it."""
@@ -68,26 +78,45 @@ def solve(
         groups: items that must take the option of the same number; they have as many.
         without: choices that are not wanted.
     """
-    program = _Program(damage, resources, groups)
-    for unwanted in without:
-        program.cut(unwanted)
+    reduced = _from_least(damage)
     while True:
-        choice = program.run()
-        if choice is None or all(r.used(choice) <= r.limit for r in resources):
+        choice = _within(_Program(reduced, resources, groups), resources, without)
+        if choice is None:
+            return None
+        # an option that alone costs more than the whole answer is in no better one; without it smaller
+        # differences can be seen
+        worst = sum(row[c] for row, c in zip(reduced, choice, strict=True))
+        largest = max((v for row in reduced for v in row if v <= worst), default=0.0)
+        if SPREAD * largest >= max(v for row in reduced for v in row if v < math.inf):
             return choice
-        program.cut(choice)
+        reduced = [[v if v <= worst else math.inf for v in row] for row in reduced]
 
 
 def least(of: Resource, others: Sequence[Resource], groups: Sequence[Sequence[int]] = ()) -> float | None:
     """The least of a resource that a choice within the other limits takes; None where there is none."""
-    program = _Program(of.usage, others, groups, of.products)
-    while True:
+    choice = _within(_Program(of.usage, others, groups, of.products), others)
+    return None if choice is None else of.used(choice)
+
+
+def _from_least(damage: Table) -> list[list[float]]:
+    """Each item's damages above its least, which changes no choice."""
+    return [[v - min(row) for v in row] for row in damage]
+
+
+def _within(
+    program: _Program, resources: Sequence[Resource], without: Sequence[Sequence[int]] = ()
+) -> list[int] | None:
+    """The best answer that keeps every limit, not only within the tolerances of HiGHS."""
+    for unwanted in without:
+        program.cut(unwanted)
+    for turn in itertools.count():
         choice = program.run()
-        if choice is None:
-            return None
-        if all(r.used(choice) <= r.limit for r in others):
-            return of.used(choice)
+        if choice is None or all(r.holds(choice) for r in resources):
+            return choice
         program.cut(choice)
+        if turn >= CUTS:
+            program.tighten()
+    raise AssertionError
 
 
 @dataclass
@@ -107,7 +136,8 @@ class _Program:
         self.binary = int(self.start[-1])
         self.total = self.binary
         self.pairs: dict[tuple[tuple[int, int], int, int], int] = {}
-        flat = [float(v) for row in self.cost for v in row]
+        flat = [float(v) if v < math.inf else 0.0 for row in self.cost for v in row]
+        self.allowed = np.array([v < math.inf for row in self.cost for v in row])
         for i, size in enumerate(sizes):
             self.rows.append(({self.at(i, c): 1.0 for c in range(size)}, 1.0, 1.0))
         for first, *rest in self.groups:
@@ -167,6 +197,10 @@ class _Program:
         size = max(abs(resource.limit), 1e-300)
         self.rows.append(({v: value / size for v, value in row.items()}, -np.inf, resource.limit / size))
 
+    def tighten(self) -> None:
+        """Lower every limit by what HiGHS may exceed it."""
+        self.rows = [(row, low, high - 1e-6 if low == -np.inf else high) for row, low, high in self.rows]
+
     def cut(self, choice: Sequence[int]) -> None:
         """Exclude one answer."""
         row = {self.at(i, c): 1.0 for i, c in enumerate(choice)}
@@ -183,7 +217,7 @@ class _Program:
             found = milp(
                 self.objective,
                 integrality=integrality,
-                bounds=Bounds(0, 1),
+                bounds=Bounds(0, np.concatenate([self.allowed, np.ones(self.total - self.binary)])),
                 constraints=LinearConstraint(matrix, lower, upper),
                 options={"mip_rel_gap": 0.0},
             )

@@ -20,7 +20,7 @@ __all__ = ["KINDS", "MEASURES", "Probe", "Sensitivity", "Site"]
 # what a site is; also the name of the rule's field that decides about it
 KINDS = ("weight", "activation")
 # what a quantizer at a width costs, in the order of trust; all of them grow with the damage
-MEASURES = ("loss", "kl", "noise", "drop", "fisher", "hessian")
+MEASURES = ("noise", "kl", "loss", "drop", "fisher", "hessian")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,10 @@ class Probe:
     """
 
     spec: QuantSpec
-    # KL(float network || probed) of the classes, in nats
+    # KL(float network || probed) of the classes, in nats, less that of the reference
     kl: float
-    # noise over signal of the output, the float network's being the signal: 10^(-SQNR / 10)
+    # noise over signal of the output, 10^(-SQNR / 10), the float network's being the signal; less that of the
+    # reference
     noise: float
     # loss minus that of the reference, and metric of the reference minus the metric; None without labels
     loss: float | None = None
@@ -51,6 +52,8 @@ class Probe:
     def damage(self, measure: str) -> float:
         """One of `MEASURES`; damage never helps, so that below zero, which is chance, counts as none.
 
+        Where the network gave no number, the damage is infinite.
+
         Raises:
             LowbitError: it was not measured.
         """
@@ -58,7 +61,7 @@ class Probe:
         if value is None:
             have = [m for m in MEASURES if getattr(self, m) is not None]
             raise LowbitError(f"the table has no '{measure}'; it has {', '.join(have)}")
-        return max(0.0, float(value))
+        return math.inf if math.isnan(value) else max(0.0, float(value))
 
 
 @dataclass(frozen=True, kw_only=True)

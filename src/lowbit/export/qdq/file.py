@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def _write(module: nn.Module, example: Inputs, path: Path) -> Path:
     proto = _export(module, example)
     _strip(proto)
     _pack_nibbles(proto)
+    _separate_weights(proto.graph)
     _separate_zero_points(proto.graph)
     proto.ir_version = IR_VERSION
     with atomic_path(path) as temporary:
@@ -263,6 +265,45 @@ def _unpacking(
         onnx.helper.make_node("Mul", [steps[0], times], [steps[1]], name=f"{target}.times"),
         onnx.helper.make_node("Cast", [steps[1]], [target], name=f"{target}.cast", to=wide),
     ]
+
+
+def _separate_weights(graph: onnx.GraphProto) -> None:
+    """Give each call of a layer weights of its own, where the runtime may rewrite them: see below.
+
+    It leaves codes that fit seven bits as they are.
+    """
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    calls: Counter[str] = Counter()
+    for node in [n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in values]:
+        codes, output = values[node.input[0]], node.output[0]
+        if codes.data_type != onnx.TensorProto.INT8 or not _beyond_seven_bits(codes):
+            continue
+        for k, reader in enumerate(readers.get(output, ())):
+            call = calls[codes.name]
+            calls[codes.name] += 1
+            if not call:
+                continue
+            copied = onnx.TensorProto()
+            copied.CopyFrom(codes)
+            copied.name = f"{codes.name}.{call}"
+            graph.initializer.append(copied)
+            if not k:
+                node.input[0] = copied.name
+                continue
+            own = onnx.NodeProto()
+            own.CopyFrom(node)
+            own.name, own.input[0], own.output[0] = f"{node.name}.{k}", copied.name, f"{output}.{k}"
+            reader.input[list(reader.input).index(output)] = own.output[0]
+            graph.node.insert(list(graph.node).index(node), own)
+
+
+def _beyond_seven_bits(codes: onnx.TensorProto) -> bool:
+    found = onnx.numpy_helper.to_array(codes)
+    return bool(found.size) and (int(found.min()) < -64 or int(found.max()) > 63)
 
 
 def _separate_zero_points(graph: onnx.GraphProto) -> None:
