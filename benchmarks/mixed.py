@@ -12,6 +12,9 @@ channel by least squares), the library's default. 'agrees' is the share of test 
 the float network puts them in; KL is that of the classes, from float to quantized. Then the rank correlation
 of every measure with the measured loss. The VGG is trained here (SGD, seed 0), unless --out has it.
 
+measures: 24 random choices of bits; what is measured on the training images against what 4,000 test images
+show.
+
 cost: the whole table of ResNet-20 beside the textbook loop, which for each probe copies the network,
 quantizes one layer and evaluates everything; in turn, processor time.
 
@@ -24,6 +27,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,7 +44,7 @@ from torch.nn import functional as F
 import cifar
 import lowbit
 from common import Claim, Table, arguments, progress, report
-from lowbit import INT8, UINT8, Recipe, Rule
+from lowbit import INT8, UINT8, QuantSpec, Recipe, Rule
 from lowbit.core.affine import choose_qparams, fake_quantize
 from lowbit.core.ranges import least_error_range_of
 from lowbit.recipe import preset
@@ -56,6 +60,7 @@ from lowbit.search import (
     uniform,
 )
 from lowbit.search.measure import prober_of
+from lowbit.search.prober import Prober, Sums
 from lowbit.search.sites import narrowed, places_of
 from measure import interleave
 from networks import SmallVgg, load_cifar
@@ -64,9 +69,11 @@ from qat import Augmented
 BITS = (8, 6, 4, 3, 2)
 IMAGES = 1024
 BATCH = 128
+# in part measures: random choices of bits, and test images
+CHOICES, JUDGED = 24, 4000
 # top-1 that the mixed network must reach at the bytes of uniform 4 and 3 bits
 ASKED = {("resnet20-B", 4): 92.3, ("resnet20-B", 3): 89.0}
-PARTS = ("accuracy", "cost", "qat")
+PARTS = ("accuracy", "measures", "cost", "qat")
 BASE = Recipe(rules=(Rule(weight=INT8, activation=UINT8),))
 # what is done after rounding; tables, repairs and networks all know it
 PIPELINES: dict[str, tuple[str, ...]] = {"as rounded": (), "corrected": ("affine_correct",)}
@@ -243,6 +250,51 @@ def correlations(name: str, table: Sensitivity) -> Table:
     return shown
 
 
+def measures(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
+    """Which measure, taken on training images, foretells what is lost on test images."""
+    names, tables = ("noise", "KL", "loss"), []
+    for pipeline in PIPELINES:
+        network = replace(load("resnet20-B", options), pipeline=pipeline)
+        q, x, y = network.prepared(), network.test.x[:JUDGED], network.test.y[:JUDGED]
+        places = places_of(q, ("weight",))
+        probers = [
+            prober_of(q, places, batches)
+            for batches in (network.batches, list(zip(x.split(BATCH), y.split(BATCH), strict=True)))
+        ]
+        found: list[list[float]] = []
+        rng = random.Random(0)
+        for n in range(CHOICES):
+            odds = [rng.choice((0.2, 0.5, 1, 2)) for _ in BITS[:-1]]
+            drawn = rng.choices(BITS[:-1], weights=odds, k=len(places))
+            specs = {p.path: narrowed(p.spec, bits, "weight") for p, bits in zip(places, drawn, strict=True)}
+            found.append([value for prober in probers for value in damages(prober, specs)])
+            progress(f"{pipeline}, choice {n + 1} of {CHOICES}")
+        columns = ("on training images", "noise", "KL", "loss", "errors")
+        shown = Table(
+            title=f"ResNet-20, weights {pipeline}: rank correlation with what test images show",
+            columns=columns,
+            formats=dict.fromkeys(columns[1:], ".2f"),
+        )
+        ours, theirs = zip(*[(row[:4], row[4:]) for row in found], strict=True)
+        for i, name in enumerate(names):
+            values = [
+                float(spearmanr([r[i] for r in ours], [r[k] for r in theirs]).statistic) for k in range(4)
+            ]
+            shown.add(**{columns[0]: name}, **dict(zip(columns[1:], values, strict=True)))
+        tables.append(shown)
+    return tables, []
+
+
+def damages(prober: Prober, specs: dict[str, QuantSpec]) -> list[float]:
+    """Noise over signal, KL, loss and share of errors of one choice of bits."""
+    total = Sums()
+    with prober.quantizing(specs):
+        for part in prober.parts(1 << 30):
+            total += prober.measure(part, prober.cursor(part).behind())
+    n = total.samples
+    return [total.noise / total.signal, total.kl / n, total.loss / n, 1 - total.metric / n]
+
+
 def textbook(model: nn.Module, batches: Batches) -> list[float]:
     """For every layer and width: a copy, one layer rounded, everything evaluated."""
     losses = []
@@ -318,7 +370,7 @@ def mixed_w3a4(network: Network) -> Allocation:
     return replace(found, table=replace(found.table, recipe=recipe))
 
 
-RUN = dict(zip(PARTS, (accuracy, cost, qat), strict=True))
+RUN = dict(zip(PARTS, (accuracy, measures, cost, qat), strict=True))
 
 
 def main() -> int:
@@ -328,7 +380,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["accuracy"])
     names = ("resnet20-B", "resnet56-A", "vgg")
     parser.add_argument("--networks", nargs="+", choices=names, default=list(names), help="in accuracy")
-    parser.add_argument("--measure", default="kl", help="of damage: kl, noise or loss; in accuracy")
+    parser.add_argument("--measure", default="noise", help="of damage: noise, kl or loss; in accuracy")
     parser.add_argument("--vgg-epochs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1, help="of part cost")
     parser.add_argument("--plot", type=Path, help="SVG file for the front of ResNet-20; needs matplotlib")
