@@ -119,7 +119,8 @@ def test_data_without_labels(script: str, tmp_path: Path, capsys: pytest.Capture
 
 def test_a_budget_of_latency(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
-    assert run(script, tmp_path / "s", "--latency", "1000", "--weights-only", "--no-repair", "--json") == 0
+    options = ("--latency", "1000", "--weights-only", "--no-repair", "--bits", "8,4", "--json")
+    assert run(script, tmp_path / "s", *options) == 0
     told = answer(capsys)
     assert 0 < told["latency_ms"] < 1000
     assert set(told["bits"].values()) == {8}, "nothing else was asked"

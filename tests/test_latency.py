@@ -24,9 +24,8 @@ def network() -> nn.Sequential:
     """A heavy layer, a light one, and two that are alike."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 48, 3, padding=1),
+        nn.Conv2d(3, 4, 9, padding=4),
         nn.ReLU(),
-        nn.Conv2d(48, 4, 1),
         nn.Conv2d(4, 4, 1),
         nn.Conv2d(4, 4, 1),
         nn.AdaptiveAvgPool2d(1),
@@ -50,23 +49,18 @@ def test_every_layer_is_timed_at_every_width(table: Sensitivity) -> None:
     assert table.timed
     times = {site.name: site.latency for site in table}
     assert all(len(t) == 2 and min(t) > 0 for t in times.values())
-    assert max(times["0"]) > max(times["3"]), "80 times as many multiplications"
-    assert times["3"] == times["4"], "layers alike are timed once"
+    assert max(times["0"]) > max(times["2"]), "60 times as many multiplications"
+    assert times["2"] == times["3"], "layers alike are timed once"
 
 
 def test_a_budget_of_latency_is_kept(table: Sensitivity) -> None:
     """Times made up, so that the answer is known: 4 bits are slower in one layer and faster in another."""
-    made = {"0": (3.0, 1.0), "2": (1.0, 2.0), "3": (0.1, 0.1), "4": (0.1, 0.1), "7": (0.5, 0.5)}
+    made = {"0": (3.0, 1.0), "2": (1.0, 2.0), "3": (0.2, 0.2), "6": (0.5, 0.5)}
     sites = tuple(replace(site, latency=made[site.name]) for site in table)
     known = replace(table, sites=sites, other_latency=0.25)
     found = allocate(known, Budget(latency=3.0))
-    assert {site.name: found.specs[site.path].bits for site in known} == {
-        "0": 4,
-        "2": 8,
-        "3": 8,
-        "4": 8,
-        "7": 8,
-    }
+    bits = {site.name: found.specs[site.path].bits for site in known}
+    assert bits == {"0": 4, "2": 8, "3": 8, "6": 8}
     assert found.latency == pytest.approx(2.95)
     assert "2.95 ms" in str(found)
     with pytest.raises(LowbitError, match=r"budget's latency: the furthest that the table goes is 2.95 ms"):

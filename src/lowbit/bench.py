@@ -16,7 +16,7 @@ from lowbit.errors import LowbitError, near_miss
 from lowbit.progress import track
 from lowbit.tables import text_table
 
-__all__ = ["RUNTIMES", "Timing", "time_files", "timing_table"]
+__all__ = ["RUNTIMES", "Timing", "check_runtime", "time_files", "timing_table"]
 
 # input name -> array
 Feed = dict[str, Any]
@@ -58,8 +58,7 @@ def time_files(
     Raises:
         LowbitError: no such runtime, no ONNX file, a shape that it leaves open, a file that does not run.
     """
-    if runtime not in RUNTIMES:
-        raise LowbitError(f"no runtime is named '{runtime}'{near_miss(runtime, RUNTIMES)}")
+    check_runtime(runtime)
     if rounds < 1:
         raise LowbitError(f"{rounds} rounds measure nothing; use 1 or more, 50 are wise")
     runs = [_prepared(Path(path), runtime, shape) for path in paths]
@@ -71,6 +70,12 @@ def time_files(
             if turn >= WARMUP:
                 taken.append(time.perf_counter() - start)
     return [_timing(Path(path), taken, seconds[0]) for path, taken in zip(paths, seconds, strict=True)]
+
+
+def check_runtime(name: str) -> None:
+    """Raise LowbitError unless there is a runtime of that name."""
+    if name not in RUNTIMES:
+        raise LowbitError(f"no runtime is named '{name}'{near_miss(name, RUNTIMES)}")
 
 
 def timing_table(timings: Sequence[Timing]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import export, ptq
-from lowbit.bench import time_files
+from lowbit.bench import check_runtime, time_files
 from lowbit.core.spec import QuantSpec
 from lowbit.graph.inputs import Inputs
 from lowbit.progress import track
@@ -58,32 +58,34 @@ def timed(
     Raises:
         LowbitError: the runtime is unknown or not installed, or a layer cannot be exported.
     """
+    check_runtime(runtime)
     inputs, model = Inputs.of(example), copy.deepcopy(model).eval()
     samples = _samples(model, inputs)
     rules = {rule.match: rule for rule in table.recipe.rules}
     sites = [s for s in table if s.kind == "weight" and s.name in samples]
-    known: dict[object, list[float]] = {}
-    found: dict[str, list[float]] = {}
+    known: dict[object, dict[QuantSpec, float]] = {}
+    found: dict[str, dict[QuantSpec, float]] = {}
+    base = 0.0
     with TemporaryDirectory() as folder:
         for site in track(sites, "timing layers", total=len(sites)):
             rule = rules[exactly(site.name)]
             assert rule.weight is not None
-            specs = [*site.specs, rule.weight]
-            key = samples[site.name].key, rule.activation, tuple(specs)
+            specs = tuple(dict.fromkeys((*site.specs, rule.weight)))
+            key = samples[site.name].key, rule.activation, specs
             if key not in known:
                 paths = list(_files(samples[site.name], rule, specs, Path(folder)))
-                known[key] = [t.milliseconds for t in time_files(paths, rounds=rounds, runtime=runtime)]
-            found[site.path] = [samples[site.name].calls * ms for ms in known[key]]
+                times = [t.milliseconds for t in time_files(paths, rounds=rounds, runtime=runtime)]
+                known[key] = dict(zip(specs, times, strict=True))
+            found[site.path] = {spec: samples[site.name].calls * ms for spec, ms in known[key].items()}
+            base += found[site.path][rule.weight]
         q = ptq.quantize(model, replace(table.recipe, refine=()), calibration=[inputs])
         (whole,) = time_files([export.onnx(q, Path(folder) / "whole.onnx")], rounds=rounds, runtime=runtime)
-    rest = whole.milliseconds - sum(times[-1] for times in found.values())
-    return replace(
-        table, sites=tuple(_with_times(site, found.get(site.path)) for site in table), other_latency=rest
-    )
+    done = tuple(_with_times(site, found.get(site.path)) for site in table)
+    return replace(table, sites=done, other_latency=whole.milliseconds - base)
 
 
-def _with_times(site: Site, times: list[float] | None) -> Site:
-    return site if times is None else replace(site, latency=tuple(times[:-1]))
+def _with_times(site: Site, times: Mapping[QuantSpec, float] | None) -> Site:
+    return site if times is None else replace(site, latency=tuple(times[spec] for spec in site.specs))
 
 
 def _samples(model: nn.Module, inputs: Inputs) -> dict[str, _Sample]:

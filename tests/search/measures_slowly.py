@@ -10,7 +10,7 @@ from test_measure import BITS, data, prepared
 
 from lowbit.search import Sensitivity, sensitivity
 
-BATCHES = 120
+BATCHES = 50
 
 
 def measure(out: Path | None) -> Sensitivity:

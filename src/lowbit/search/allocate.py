@@ -95,7 +95,8 @@ def _solved(table: Sensitivity, budget: Budget, measure: str, pins: Pins) -> All
     choice = solve(damage, resources, groups)
     if choice is None:
         raise LowbitError(infeasible(limits, groups))
-    _widen(choice, free, damage, resources, groups)
+    bits = [[site.specs[k].bits for k in options] for site, options in free]
+    _widen(choice, bits, damage, resources, groups)
     specs = {site.path: site.specs[options[c]] for (site, options), c in zip(free, choice, strict=True)}
     pinned = frozenset(table.site(name).path for name in pins)
     return Allocation(table=table, specs=specs, measure=measure, pinned=pinned)
@@ -121,26 +122,22 @@ def _usable(free: Free, measure: str) -> Free:
 
 def _widen(
     choice: list[int],
-    free: Free,
+    bits: Sequence[Sequence[int]],
     damage: Sequence[Sequence[float]],
     resources: Sequence[Resource],
     groups: Sequence[Sequence[int]],
 ) -> None:
     """Of choices with the same damage take one with more bits, as far as the limits go, in place."""
     grouped = {i for members in groups for i in members}
-    for members in [*groups, *([i] for i in range(len(free)) if i not in grouped)]:
-        options = range(len(free[members[0]][1]))
-        for c in sorted(options, key=lambda c: -free[members[0]][0].specs[free[members[0]][1][c]].bits):
-            if c == choice[members[0]]:
-                break
-            before = [choice[i] for i in members]
+    for members in [*groups, *([i] for i in range(len(bits)) if i not in grouped)]:
+        first, now = members[0], choice[members[0]]
+        wider = [c for c in range(len(bits[first])) if bits[first][c] > bits[first][now]]
+        free = [c for c in wider if all(damage[i][c] <= damage[i][now] for i in members)]
+        for c in [*sorted(free, key=lambda c: -bits[first][c]), now]:
             for i in members:
                 choice[i] = c
-            same = all(damage[i][c] <= damage[i][b] for i, b in zip(members, before, strict=True))
-            if same and all(r.holds(choice) for r in resources):
+            if all(r.holds(choice) for r in resources):
                 break
-            for i, b in zip(members, before, strict=True):
-                choice[i] = b
 
 
 def _smallest(
@@ -151,7 +148,7 @@ def _smallest(
     assert best.accuracy is not None
     if best.accuracy < budget.accuracy:
         return replace(best, holds=False)
-    low, high = fewest_bytes(table, budget, pins) - 1, best.bytes
+    low, high = _fewest_bytes(table, budget, measure, pins) - 1, best.bytes
     for _ in track(range(tries), "evaluating sizes", total=tries):
         middle = (low + high) // 2
         if middle == low:
@@ -165,9 +162,9 @@ def _smallest(
     return best
 
 
-def fewest_bytes(table: Sensitivity, budget: Budget, pins: Pins) -> int:
+def _fewest_bytes(table: Sensitivity, budget: Budget, measure: str, pins: Pins) -> int:
     """Of the choices within the budget."""
-    free = free_of(table, pins)
+    free = _usable(free_of(table, pins), measure)
     groups = groups_of(table, free)
     size, *others = limits_of(table, replace(budget, bytes=budget.bytes or sys.maxsize), free)
     found = least(size.resource, [limit.resource for limit in others], groups)
