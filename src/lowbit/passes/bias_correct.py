@@ -95,8 +95,9 @@ def _can_be_corrected(layer: nn.Module, counts: Mapping[int, int]) -> bool:
 
 
 def _applied(layer: nn.Module, value: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+    """The output of a layer corrected, in place."""
     shape = [-1 if d == _channel_dim(layer, value) else 1 for d in range(value.ndim)]
-    return value * factor.reshape(shape) + shift.reshape(shape)
+    return value.mul_(factor.reshape(shape)).add_(shift.reshape(shape))
 
 
 def _layer_outputs(gm: fx.GraphModule, data: Sequence[Inputs]) -> Iterator[list[Tensor]]:
