@@ -94,11 +94,10 @@ def sensitivity(
         _probe(prober, wanted, parts, journal)
     finally:
         journal.close()
-    fisher: Found = {}
-    hessian: Found = {}
+    cheap: tuple[Found, Found] = {}, {}
     if curvature and prober.labelled:
-        fisher, hessian = fisher_of(prober, wanted), hessian_of(prober, wanted, seed)
-    return _table(prober, wanted, parts, journal, reference, fisher, hessian)
+        cheap = fisher_of(prober, wanted), hessian_of(prober, wanted, seed)
+    return _table(prober, wanted, parts, journal, reference, *cheap)
 
 
 def prober_of(
