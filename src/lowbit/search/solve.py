@@ -9,7 +9,6 @@ What it returns is rounded and counted again; an answer that only its tolerances
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -109,14 +108,15 @@ def _within(
     """The best answer that keeps every limit, not only within the tolerances of HiGHS."""
     for unwanted in without:
         program.cut(unwanted)
-    for turn in itertools.count():
+    turn = 0
+    while True:
         choice = program.run()
         if choice is None or all(r.holds(choice) for r in resources):
             return choice
         program.cut(choice)
-        if turn >= CUTS:
+        turn += 1
+        if turn > CUTS:
             program.tighten()
-    raise AssertionError
 
 
 @dataclass
