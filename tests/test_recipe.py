@@ -25,7 +25,8 @@ from lowbit import (
     preset,
 )
 from lowbit.core.estimators import estimators
-from lowbit.recipe import presets
+from lowbit.core.spec import BINARY, TERNARY
+from lowbit.recipe import SPECS, presets
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,14 @@ def test_a_model_without_layers_is_no_error() -> None:
         ({"observer": "msee"}, "no observer is named 'msee'; did you mean 'mse'"),
         ({"observer": 5}, "observer=5 is not text"),
         ({"match": None}, "match=None is not text"),
-        ({"weight_observer": "kl"}, "weight_observer='kl' is unknown; use 'mse' or 'minmax'"),
+        ({"weight": INT8, "weight_observer": "kl"}, "no weight observer is named 'kl'"),
+        ({"weight": INT8, "weight_observer": "twn"}, "weight_observer='twn' is for ternary codes"),
+        (
+            {"weight": BINARY, "weight_observer": "ttq"},
+            "ternary codes, and the weight is binary",
+        ),
+        ({"weight": INT8, "reshape": "recuu"}, "no reshape is named 'recuu'; did you mean 'recu'"),
+        ({"activation": replace(BINARY, bits=2, granularity=PerTensor())}, "mid_rise=True.*or with one bit"),
         ({"match": "re:("}, r"match='re:\(' is not a regular expression"),
         ({"activation": QuantSpec(bits=8, granularity=PerGroup(1, 4))}, "activations have no fixed groups"),
         ({"activation": INT8}, "is the batch.*use UINT8 or granularity=PerTensor"),
@@ -168,7 +176,10 @@ def test_presets(name: str, first: QuantSpec, middle: QuantSpec, activation: Qua
 
 
 def test_the_presets_are_those() -> None:
-    assert presets() == ("w8a8", "w8", "w4a8", "w4", "w4a4", "w3a3", "w2a2", "fp16")
+    assert presets() == (
+        *("w8a8", "w8", "w4a8", "w4", "w4a4", "w3a3", "w2a2"),
+        *("ternary", "b1.58", "w1", "w1a1", "fp16"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -324,8 +335,8 @@ def test_get_refuses_the_rest(form: Any) -> None:
 # -- presets for training
 
 
-@pytest.mark.parametrize("weight", range(2, 9))
-@pytest.mark.parametrize("inputs", [None, *range(2, 9)])
+@pytest.mark.parametrize("weight", range(1, 9))
+@pytest.mark.parametrize("inputs", [None, *range(1, 9)])
 def test_presets_of_every_width(weight: int, inputs: int | None) -> None:
     """First and last layer keep 8 bits; inputs narrower than 8 are those of layers, and sums keep 8."""
     name = f"w{weight}" if inputs is None else f"w{weight}a{inputs}"
@@ -341,6 +352,8 @@ def test_presets_of_every_width(weight: int, inputs: int | None) -> None:
             assert rule.weight == (INT8 if edge else replace(INT4, bits=weight, mid_rise=weight <= 3))
         if inputs is None:
             assert rule.activation is None
+        elif inputs == 1 and not edge and not addition:
+            assert rule.activation == SPECS["sign"]
         else:
             assert rule.activation == replace(UINT8, bits=8 if edge or addition else inputs)
         assert rule.estimator == "lsq"
@@ -349,7 +362,9 @@ def test_presets_of_every_width(weight: int, inputs: int | None) -> None:
     assert Recipe.get(name) == recipe
 
 
-@pytest.mark.parametrize("name", ["w1a8", "w9a4", "w4a1", "w4a", "w04a4", "W4A4", "w4a4 ", "", "w4a16"])
+@pytest.mark.parametrize(
+    "name", ["w0a8", "w9a4", "w4a0", "ternary8", "b1.5", "w4a", "w04a4", "W4A4", "w4a4 ", "", "w4a16"]
+)
 def test_widths_that_no_preset_has(name: str) -> None:
     with pytest.raises(LowbitError, match="no preset is named"):
         preset(name)
@@ -357,9 +372,41 @@ def test_widths_that_no_preset_has(name: str) -> None:
 
 @pytest.mark.parametrize("estimator", estimators.names())
 def test_estimator_of_a_preset(estimator: str) -> None:
-    recipe = preset("w4a4", estimator=estimator)
+    recipe = preset("w1a1" if estimators.get(estimator).one_bit else "w4a4", estimator=estimator)
     assert {rule.estimator for rule in recipe.rules} == {estimator}
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_an_estimator_of_one_bit_needs_one() -> None:
+    message = (
+        "estimator='ede' is for codes of one bit, and the recipe has none; use 'lsq', or the spec 'binary'"
+    )
+    with pytest.raises(LowbitError, match=message):
+        preset("w4a4", estimator="ede")
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "observer", "activation"),
+    [
+        ("ternary", TERNARY, "mse", None),
+        ("ternarya4", TERNARY, "mse", replace(UINT8, bits=4)),
+        ("b1.58", replace(TERNARY, granularity=PerTensor()), "absmean", UINT8),
+        ("w1", BINARY, "mse", None),
+        ("w1a8", BINARY, "mse", UINT8),
+    ],
+)
+def test_presets_of_binary_and_ternary_weights(
+    name: str, spec: QuantSpec, observer: str, activation: QuantSpec | None
+) -> None:
+    layers = [replace(layer, roles=layer.roles | {"layer"}) for layer in LAYERS]
+    recipe = preset(name)
+    rules = recipe.resolve([*layers, Layer("add", "add")])
+    inner = [rules[layer.name] for layer in LAYERS if not layer.roles & {"first", "last"}]
+    for rule in inner:
+        assert rule is not None
+        assert (rule.weight, rule.weight_observer, rule.activation) == (spec, observer, activation)
+    edges = [rules[layer.name] for layer in LAYERS if layer.roles & {"first", "last"}]
+    assert all(rule is not None and rule.weight is not None and rule.weight.bits == 8 for rule in edges)
 
 
 def test_an_estimator_that_does_not_exist() -> None:

@@ -253,7 +253,7 @@ def _spread_and_gain(layer: nn.Module, weight: Tensor) -> tuple[float, float]:
     ranges = ranges[ranges > 0]
 
     def sqnr(spec: QuantSpec) -> float:
-        ends = least_error_range_of(weight, spec) if layer.weight_observer == "mse" else None
+        ends = least_error_range_of(weight, spec) if layer.weight_quantizer.weight_observer == "mse" else None
         return quantization_error(weight, spec, ends).sqnr_db
 
     if not ranges.numel():

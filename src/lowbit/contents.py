@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import LowbitError
+from lowbit.nn.quantizer import TRAINED
 from lowbit.tables import text_table
 
 __all__ = ["Contents", "LayerBytes", "contents"]
@@ -80,7 +81,8 @@ def _of_checkpoint(path: Path) -> Contents:
         spec, _ = record.quantizers[f"{layer}.weight_quantizer"]
         own = _take(sizes, f"{layer}.")
         rows.append(LayerBytes(layer, str(spec), spec.bits, math.prod(shape), sum(own.values())))
-    floats = {n: size for n, size in sizes.items() if not n.endswith((".scale", ".zero_point"))}
+    of_scales = tuple(f".{name}" for name in TRAINED)
+    floats = {n: size for n, size in sizes.items() if not n.endswith(of_scales)}
     rows += [LayerBytes(n, "float32", 32, tensors[n].numel(), size) for n, size in floats.items()]
     scales = sum(sizes.values()) - sum(floats.values())
     rows.append(LayerBytes("(scales of activations)", "", 0, 0, scales))

@@ -170,7 +170,7 @@ def stored_bytes(shape: tuple[int, ...], spec: QuantSpec | None) -> int:
     width = spec.bits if spec.bits <= 8 else 8 * spec.dtype.itemsize
     codes = math.ceil(math.prod(shape) * width / 8)
     scales = 0 if spec.kind == "float" else math.prod(spec.scale_shape(shape))
-    return codes + 4 * scales * (1 if spec.symmetric else 2)
+    return codes + 4 * scales * (2 if spec.split or not spec.symmetric else 1)
 
 
 def _macs(layer: nn.Module, source: Tensor, out: Tensor, weights: int) -> int:

@@ -28,6 +28,10 @@ from lowbit.scales import calibrate_for_training, choose_scales
 
 __all__ = ["assemble", "calibrate", "float_graph", "freeze", "prepare", "quantize"]
 
+NEVER_NEGATIVE = (
+    "it is never negative, so its sign would always be 1; its bit is 0 or 1 instead. For -1 and 1 put no "
+    "ReLU in front of a sign: use Hardtanh, PReLU, or nothing"
+)
 # Corrections hold the activations of their samples in memory; this bounds them.
 SAMPLE_BYTES = 1 << 30
 MAX_SAMPLES = 512
@@ -184,7 +188,8 @@ def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.G
 def assemble(gm: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note]) -> QuantizedModel:
     """Quantizers placed on what `float_graph` returned; nothing is calibrated."""
     gm.meta["decisions"] = place(gm, recipe)
-    return QuantizedModel(gm, recipe, _stand_in(example, gm), list(notes))
+    signs = [Note(name, NEVER_NEGATIVE) for name in dict.fromkeys(gm.meta.pop("bits_for_signs", ()))]
+    return QuantizedModel(gm, recipe, _stand_in(example, gm), [*notes, *signs])
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,23 @@ from lowbit.training.batches import check_data
 from lowbit.training.folder import check_recipe
 from lowbit.training.groups import parameter_groups
 from lowbit.training.losses import Objective, symmetric_kl
+from lowbit.training.progress import set_progress
 from lowbit.training.record import Epoch, Run
 from lowbit.training.rng import kept
 from lowbit.training.session import Session
 from lowbit.training.settings import Settings
 from lowbit.training.state import load_weights, read_checkpoint, section
 
-__all__ = ["Epoch", "Run", "Settings", "Trainer", "parameter_groups", "restore", "symmetric_kl"]
+__all__ = [
+    "Epoch",
+    "Run",
+    "Settings",
+    "Trainer",
+    "parameter_groups",
+    "restore",
+    "set_progress",
+    "symmetric_kl",
+]
 
 
 class Trainer:

@@ -11,7 +11,21 @@ from typing import Any, Literal, Protocol
 
 from lowbit.core.estimators import estimators
 from lowbit.core.observers import observers
-from lowbit.core.spec import FP16, INT4, INT8, UINT8, Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
+from lowbit.core.reshapes import reshapes
+from lowbit.core.spec import (
+    BINARY,
+    FP16,
+    INT4,
+    INT8,
+    TERNARY,
+    UINT8,
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QuantSpec,
+)
+from lowbit.core.weight_observers import check_weight_observer
 from lowbit.errors import LowbitError, near_miss
 from lowbit.files import atomic_path
 
@@ -46,23 +60,28 @@ class Rule:
     # glob on the dotted name; "re:..." a regular expression; "type:Conv2d" a class; "role:first", "role:last"
     # the layers nearest the input and the output; "role:layer" whatever has a weight
     match: str = "*"
-    # spec of the weight, or its name: int8, int4, uint8, fp16; None leaves it in float
+    # spec of the weight, or its name: int8, int4, fp16, binary, ternary; None leaves it in float
     weight: QuantSpec | None = None
-    # spec of the tensors the operation reads, and of what it writes where no reader says otherwise; None
-    # leaves them in float
+    # spec of the tensors the operation reads, and of what it writes where no reader says otherwise, or its
+    # name: uint8, fp16, sign (-1, 1), bit (0, 1); None leaves them in float
     activation: QuantSpec | None = None
     # how the range of activations is chosen
     observer: str = "mse"
-    # how the range of the weight is chosen: "mse", or "minmax"
+    # how the scale of the weight is chosen: "mse", or "minmax"; of binary and ternary ones also "absmean",
+    # "twn" and "ttq"; see `lowbit.core.weight_observers`
     weight_observer: str = "mse"
-    # what training takes for the gradient of rounding; see `lowbit.core.estimators`
+    # what is done to the weight before it is rounded: "standardize", "clip", "recu" ...; empty leaves that to
+    # the estimator; see `lowbit.core.reshapes`
+    reshape: str = ""
+    # what training takes for the gradient of rounding; one that is for one bit leaves wider codes to "lsq";
+    # see `lowbit.core.estimators`
     estimator: str = "lsq"
     # shown in the table of what became of each layer
     reason: str = ""
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field in ("match", "observer", "estimator", "reason"):
+        for field in ("match", "observer", "weight_observer", "estimator", "reshape", "reason"):
             if not isinstance(getattr(self, field), str):
                 raise LowbitError(
                     f"{field}={getattr(self, field)!r} is not text; a rule is plain data, so write a name"
@@ -71,9 +90,10 @@ class Rule:
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, _spec(getattr(self, field)))
         observers.get(self.observer)
+        reshapes.get(self.reshape or "none")
+        if self.weight is not None:
+            check_weight_observer(self.weight_observer, self.weight)
         estimators.get(self.estimator)
-        if self.weight_observer not in ("mse", "minmax"):
-            raise LowbitError(f"weight_observer='{self.weight_observer}' is unknown; use 'mse' or 'minmax'")
         if self.activation is not None and isinstance(self.activation.granularity, PerGroup):
             raise LowbitError(
                 "activations have no fixed groups; use PerTensor or PerChannel for rule.activation"
@@ -83,10 +103,13 @@ class Rule:
                 "axis 0 of an activation is the batch, whose length changes; "
                 "use UINT8 or granularity=PerTensor() for rule.activation"
             )
-        if self.activation is not None and self.activation.mid_rise:
+        if self.activation is not None and self.activation.mid_rise and not self.activation.is_binary:
             raise LowbitError(
-                "activation has mid_rise=True, whose codes have no zero for padding to be; use it for weights"
+                "activation has mid_rise=True, whose codes have no zero for padding to be; use it for "
+                "weights, or with one bit"
             )
+        if self.activation is not None and self.activation.split:
+            raise LowbitError("activation has split=True; scales for each sign are those of weights")
         if self.match.startswith("re:"):
             try:
                 re.compile(self.match[3:])
@@ -135,9 +158,19 @@ class Recipe:
         object.__setattr__(self, "rules", tuple(_rule(entry) for entry in self.rules))
         if not self.rules:
             raise LowbitError("a recipe without rules quantizes nothing; add Rule(match='*', ...)")
+        for rule in self.rules:
+            self._check_estimator(rule.estimator)
         for step in self.refine:
             if step not in REFINEMENTS:
                 raise LowbitError(f"no refinement is named '{step}'{near_miss(step, REFINEMENTS)}")
+
+    def _check_estimator(self, name: str) -> None:
+        specs = [spec for rule in self.rules for spec in (rule.weight, rule.activation) if spec is not None]
+        if estimators.get(name).one_bit and all(spec.bits > 1 for spec in specs):
+            raise LowbitError(
+                f"estimator='{name}' is for codes of one bit, and the recipe has none; use 'lsq', or the "
+                "spec 'binary' for weights, 'sign' or 'bit' for activations"
+            )
 
     def resolve(self, targets: Sequence[Target]) -> dict[str, Rule | None]:
         """First matching rule of each target, by name.
@@ -225,7 +258,16 @@ class Recipe:
         return preset(recipe)
 
 
-SPECS = {"int8": INT8, "int4": INT4, "uint8": UINT8, "fp16": FP16}
+SPECS = {
+    "int8": INT8,
+    "int4": INT4,
+    "uint8": UINT8,
+    "fp16": FP16,
+    "binary": BINARY,
+    "ternary": TERNARY,
+    "sign": replace(BINARY, granularity=PerTensor()),
+    "bit": QuantSpec(bits=1, signed=False),
+}
 
 
 def _rule(entry: Any) -> Rule:
@@ -264,12 +306,14 @@ def _check_keys(data: Any, cls: type[Rule | Recipe]) -> None:
 
 
 _EDGES = "the first and the last layer keep 8 bits"
-_NAME = re.compile(r"w([2-8])(?:a([2-8]))?")
+_NAME = re.compile(r"(?:w([1-8])|ternary)(?:a([1-8]))?")
+# activations of one bit; behind a ReLU `place` makes the codes 0 and 1 of it
+SIGN = SPECS["sign"]
 
 
 def presets() -> tuple[str, ...]:
-    """Names that `preset` takes; any other width from 2 to 8 is written in the same way."""
-    return ("w8a8", "w8", "w4a8", "w4", "w4a4", "w3a3", "w2a2", "fp16")
+    """Names that `preset` takes; any other width from 1 to 8 is written in the same way."""
+    return ("w8a8", "w8", "w4a8", "w4", "w4a4", "w3a3", "w2a2", "ternary", "b1.58", "w1", "w1a1", "fp16")
 
 
 def preset(
@@ -279,12 +323,14 @@ def preset(
     weight_granularity: Literal["channel", "tensor"] | int = "channel",
     estimator: str = "lsq",
 ) -> Recipe:
-    """A recipe by name: `w8a8`, `w4a8`, `w4a4`, ... `w8`, `w4` (weights alone), widths from 2 to 8; `fp16`.
+    """A recipe by name: `w8a8`, `w4a4`, ... `w1a1`, `w8`, ... `w1` (weights alone); `ternary`; `fp16`.
 
     Below 8 bits the first and the last layer keep 8-bit weights and inputs. Where activations have fewer than
     8 bits, these are the inputs of layers; sums, averages and the residual stream keep 8. Codes of
-    2-bit and 3-bit weights are odd (-3, -1, 1 and 3): as many on either side. BatchNorm is kept for training
-    and folded at freeze.
+    1-bit to 3-bit weights are odd (-3, -1, 1 and 3): as many on either side. Activations of one bit are
+    signs, behind a ReLU 0 and 1. `ternary`, `ternarya8` and so on have weights of -1, 0 and 1; `b1.58` has
+    them with the mean magnitude of the tensor for the scale, and 8-bit activations. BatchNorm is kept for
+    training and folded at freeze.
 
     Args:
         observer: how ranges of activations are chosen; see `lowbit.core.observers`.
@@ -296,28 +342,36 @@ def preset(
     """
     if name == "fp16":
         return Recipe(rules=(Rule(weight=FP16),))
+    if name == "b1.58":
+        base = preset("ternarya8", observer=observer, weight_granularity="tensor", estimator=estimator)
+        return replace(base, rules=(*base.rules[:-1], replace(base.rules[-1], weight_observer="absmean")))
     found = _NAME.fullmatch(str(name))
     if found is None:
         raise LowbitError(f"no preset is named '{name}'{near_miss(name, presets())}")
     where = _granularity(weight_granularity)
-    bits, inputs = int(found[1]), found[2] and int(found[2])
+    bits, inputs = int(found[1] or 2), found[2] and int(found[2])
     activation = UINT8 if inputs else None
     weight = replace(INT8, granularity=where)
     wide = Rule(weight=weight, activation=activation, observer=observer, estimator=estimator)
-    refine = ("affine_correct",)
-    whole = Recipe(rules=(wide,), fold_bn="after", equalize=where == PerTensor(), refine=refine)
+    more: dict[str, Any] = {"fold_bn": "after", "refine": ("affine_correct",)}
     if bits == 8 and inputs in (8, None):
-        return whole
+        return Recipe(rules=(wide,), equalize=where == PerTensor(), **more)
     # a group size that suits the inner layers rarely divides the inputs of the first
     edge = wide if where == PerTensor() else replace(wide, weight=INT8)
     edge = replace(edge, reason=_EDGES)
     edges = tuple(replace(edge, match=f"role:{role}") for role in ("first", "last"))
-    narrow = replace(wide, weight=QuantSpec(bits=bits, granularity=where, mid_rise=bits <= 3))
+    codes = replace(TERNARY, granularity=where) if found[1] is None else _odd_when_few(bits, where)
+    narrow = replace(wide, weight=codes)
     rules: tuple[Rule, ...] = (*edges, narrow)
     if inputs and inputs < 8:
-        layers = replace(narrow, match="role:layer", activation=replace(UINT8, bits=inputs))
+        read = SIGN if inputs == 1 else replace(UINT8, bits=inputs)
+        layers = replace(narrow, match="role:layer", activation=read)
         rules = (*edges, layers, replace(wide, weight=None))
-    return replace(whole, rules=rules, equalize=True)
+    return Recipe(rules=rules, equalize=True, **more)
+
+
+def _odd_when_few(bits: int, where: Granularity) -> QuantSpec:
+    return QuantSpec(bits=bits, granularity=where, mid_rise=bits <= 3)
 
 
 def _granularity(where: str | int) -> Granularity:

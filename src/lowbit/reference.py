@@ -154,12 +154,9 @@ def _layer(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
         or isinstance(layer, QConvTranspose2d)
     ):
         return None
-    if layer.weight_quantizer.spec.kind != "int" or layer.weight_quantizer.scale.numel() not in (
-        1,
-        _outputs(layer),
-    ):
+    of_weight, spec = layer.weight_quantizer.scale, layer.weight_quantizer.spec
+    if spec.kind != "int" or spec.split or of_weight.numel() not in (1, _outputs(layer)):
         return None
-    of_weight = layer.weight_quantizer.scale
     if of_weight.shape[layer.channel_axis] != of_weight.numel():
         return None  # scales of another axis do not leave the sum
     source = args[0]

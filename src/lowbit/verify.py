@@ -200,8 +200,14 @@ def _compare(
     reference: dict[str, Tensor] = {}
     simulation: dict[str, Tensor] = {}
 
+    from lowbit.export.qdq import SIGN_ZERO
+
+    signs: set[str] = set()
+
     def remember(name: str, codes: Codes) -> None:
         reference[name] = codes.codes()
+        if codes.grid.spec.is_binary:
+            signs.add(name)
 
     with torch.inference_mode():
         expected = flat_tensors(run_on_codes(q.graph, inputs, remember))
@@ -209,7 +215,7 @@ def _compare(
             simulated = flat_tensors(inputs.call(q))
     for name, codes in reference.items():
         if name in names:
-            codes_found = torch.from_numpy(found[names[name]].astype(np.int32))
+            codes_found = torch.from_numpy(found[names[name]].astype(np.int32)) - SIGN_ZERO * (name in signs)
             tallies.layers.setdefault(name, _Tally()).add(codes_found, codes, simulation[name])
     results = [torch.from_numpy(found[o]) for o in outputs if o not in names.values()]
     for result, want, simulated_one in zip(results, expected, simulated, strict=True):

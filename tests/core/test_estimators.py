@@ -13,6 +13,7 @@ from torch import Tensor
 from lowbit import LowbitError, PerChannel, PerGroup, PerTensor, QuantSpec, kernels
 from lowbit.core.affine import dequantize, fake_quantize, quantize
 from lowbit.core.estimators import Estimator, Gradients, Local, estimator, estimators
+from lowbit.core.reshapes import reshapes
 from lowbit.core.spec import Granularity, expand_to
 
 # slope of y by x at position v with code c, both in steps, for a gradient g
@@ -112,6 +113,48 @@ KINDS = {
     "mid-rise": QuantSpec(bits=2, mid_rise=True),
 }
 each_row = pytest.mark.parametrize("name", ROWS)
+
+
+@dataclass(frozen=True)
+class OneBit:
+    """An estimator for one bit: f(t) of its paper, codes at t = -1 and 1, and the |t| where it bends."""
+
+    f: Callable[[float, float], float]
+    bends: tuple[float, ...] = ()
+    # slope near 0, where the paper cuts f off
+    near: Callable[[float], float] | None = None
+
+
+def quadratic(t: float, progress: float) -> float:
+    """Bi-Real Net, eq. 7."""
+    return math.copysign(1.0, t) if abs(t) >= 1 else 2 * t + t * t if t < 0 else 2 * t - t * t
+
+
+def swish(t: float, progress: float) -> float:
+    """BNN+, eq. 6, b = 5."""
+    sigmoid = 1 / (1 + math.exp(-5 * t))
+    return 2 * sigmoid * (1 + 5 * t * (1 - sigmoid)) - 1
+
+
+def decaying(t: float, progress: float) -> float:
+    """IR-Net, eq. 10 and 11: T from 0.1 to 10."""
+    sharpness = 0.1 * 10 ** (progress * math.log10(10 / 0.1))
+    return max(1 / sharpness, 1) * math.tanh(sharpness * t)
+
+
+def power(t: float, progress: float) -> float:
+    """ReSTE, eq. 8, the gradient cut off beyond 1.5."""
+    size = min(abs(t), 1.5)
+    return math.copysign(size ** (1 / (1 + 2 * progress)), t)
+
+
+ONE_BIT = {
+    "approx_sign": OneBit(quadratic, (0.0, 1.0)),
+    "swish_sign": OneBit(swish),
+    "ede": OneBit(decaying),
+    "reste": OneBit(power, (0.1, 1.5), near=lambda p: 0.1 ** (1 / (1 + 2 * p)) / 0.1),
+}
+each_one_bit = pytest.mark.parametrize("name", ONE_BIT)
 each_granularity = pytest.mark.parametrize("where", GRANULARITIES.values(), ids=GRANULARITIES)
 
 
@@ -173,14 +216,67 @@ def close(got: Tensor, want: Tensor) -> bool:
 
 
 def test_every_estimator_has_its_row() -> None:
-    assert estimators.names() == tuple(sorted(ROWS))
+    assert estimators.names() == tuple(sorted([*ROWS, *ONE_BIT]))
     for name, row in ROWS.items():
         of = estimators.get(name)
-        assert (of.learns, of.fused is not None, of.reshape is not None) == (
-            row.learns,
-            row.fused,
-            row.reshapes,
-        )
+        found = of.learns, of.fused is not None, of.reshape != "none", of.one_bit
+        assert found == (row.learns, row.fused, row.reshapes, False)
+    assert all(estimators.get(name).one_bit for name in ONE_BIT)
+
+
+ONE_BIT_KINDS = {
+    "sign": QuantSpec(bits=1, mid_rise=True),
+    "bit": QuantSpec(bits=1, signed=False),
+    "bit+zp": QuantSpec(bits=1, signed=False, symmetric=False),
+    "sign per channel": QuantSpec(bits=1, mid_rise=True, granularity=PerChannel(0)),
+}
+
+
+@each_one_bit
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ONE_BIT_KINDS)
+def test_one_bit_follows_its_paper(name: str, kind: str, progress: float) -> None:
+    """The oracle: y = s f(t) differentiated by finite differences, t = -1 and 1 at the codes."""
+    spec, row, of = ONE_BIT_KINDS[kind], ONE_BIT[name], estimators.get(name)
+    case = Case.of(spec)
+    x, scale = case.x.clone().requires_grad_(), case.scale.clone().requires_grad_()
+    y = of(x, scale, case.zero_point, spec, 9, progress)
+    assert torch.equal(y, fake_quantize(case.x, case.scale, case.zero_point, spec))
+    y.backward(case.g)
+    v, c, _ = case.positions()
+    zero = 0 if case.zero_point is None else expand_to(case.zero_point, SHAPE).double()
+    middle, half = (spec.qmin + spec.qmax) / 2 - zero, spec.step / 2
+    t = (v - middle) / half
+
+    def slope(at: float) -> float:
+        if row.near is not None and abs(at) < 0.1:
+            return row.near(progress)
+        return (row.f(at + 1e-5, progress) - row.f(at - 1e-5, progress)) / 2e-5
+
+    clear = torch.ones(SHAPE, dtype=torch.bool)
+    for bend in row.bends:
+        clear &= (t.abs() - bend).abs() > 1e-3
+    want = torch.tensor([slope(value) for value in t.flatten().tolist()]).reshape(SHAPE).double()
+    assert x.grad is not None
+    assert scale.grad is not None
+    assert torch.allclose(x.grad.double()[clear], (case.g * want)[clear], rtol=1e-3, atol=1e-4)
+    moved = case.g.double() * (c - v * want) / math.sqrt(9)
+    shape = tuple(scale.shape)
+    summed = moved.flatten(1).sum(1).reshape(shape) if shape[0] > 1 else moved.sum().reshape(shape)
+    assert torch.allclose(scale.grad.double(), summed, rtol=1e-2, atol=1e-2)
+
+
+def test_scheduled_estimators_sharpen() -> None:
+    x = torch.tensor([0.05, 1.0])
+    for name, rises in (("ede", (True, False)), ("reste", (True, False))):
+        slopes = []
+        for progress in (0.0, 1.0):
+            leaf = x.clone().requires_grad_()
+            estimators.get(name)(
+                leaf, torch.ones(1), None, ONE_BIT_KINDS["sign"], 1, progress
+            ).sum().backward()
+            slopes.append(leaf.grad)
+        assert tuple((slopes[1] > slopes[0]).tolist()) == rises
 
 
 @each_row
@@ -284,8 +380,11 @@ def test_the_soft_staircase_has_slope_one_on_average() -> None:
 
 def test_dorefa_bends_weights_and_keeps_their_reach() -> None:
     """The oracle: eq. 9 of the paper, differentiated by hand, its largest value held fixed."""
-    bend = estimators.get("dorefa").reshape
-    assert bend is not None
+    assert estimators.get("dorefa").reshape == "tanh"
+
+    def bend(w: Tensor) -> Tensor:
+        return reshapes.get("tanh")(w, QuantSpec(bits=4), 0.0)
+
     w = (2 * torch.randn(6, 5)).requires_grad_()
     g = torch.randn(6, 5)
     bent = bend(w)

@@ -16,11 +16,13 @@ import lowbit
 from lowbit import FP16, INT4, INT8, UINT8, LowbitError, PerChannel, PerGroup, QuantSpec, Recipe, Rule, preset
 from lowbit.core.affine import choose_qparams
 from lowbit.core.observers import observers
+from lowbit.graph.match import quantizer_of
 from lowbit.graph.ops import kind_of, module_of
 from lowbit.nn.layers import BoundLayer, QLayer
 from lowbit.nn.quantizer import Quantizer
 from lowbit.passes.fold_bn import fold_bn, fold_later
 from lowbit.passes.place import place, resolve
+from lowbit.recipe import SPECS
 
 
 def placed(model: nn.Module, recipe: Recipe, *example: Tensor) -> Any:
@@ -277,9 +279,36 @@ def test_the_observer_of_the_rule() -> None:
     gm = placed(MODEL(), Recipe(rules=(rule,)), image())
     for module in gm.modules():
         if isinstance(module, QLayer):
-            assert module.weight_observer == "minmax"
+            assert module.weight_quantizer.weight_observer == "minmax"
     names = {type(gm.get_submodule(path).observer).__name__ for path in quantizers(gm).values()}
     assert names == {"KL"}
+
+
+@pytest.mark.parametrize(
+    ("activation", "never"),
+    [
+        (nn.ReLU(), True),
+        (nn.Hardtanh(), False),
+        (nn.Hardtanh(0.0, 1.0), True),
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), True),
+        (nn.Sigmoid(), True),
+        (nn.PReLU(), False),
+        (nn.Tanh(), False),
+        (nn.Identity(), False),
+    ],
+    ids=str,
+)
+def test_one_bit_of_what_is_never_negative(activation: nn.Module, never: bool) -> None:
+    """Its sign would always be 1: it gets the codes 0 and 1, and that is said."""
+    model = nn.Sequential(conv(3, 8), activation, conv(8, 4))
+    rules = (Rule(match="role:first", weight=INT8), Rule(weight="binary", activation="sign"))
+    q = lowbit.prepare(model, Recipe(rules=rules), image())
+    node = next(n for n in q.graph.graph.nodes if n.target == "2")
+    second = quantizer_of(node.args[0])
+    assert second is not None
+    assert second.spec == SPECS["bit" if never else "sign"]
+    assert [n for n in q.notes if "no ReLU in front of a sign" in n.text] == (q.notes if never else [])
+    assert bool(q.notes) == never
 
 
 # -- inputs narrower than the tensor that is kept

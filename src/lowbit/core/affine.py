@@ -45,8 +45,8 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
     """Scale and zero point that cover the range [lo, hi].
 
     The range is widened to hold zero, which is then representable exactly, unless codes are odd. A range of
-    zero width (an all-zero or empty tensor) gets scale 1. The end of an asymmetric range may move by half a
-    step, for its zero point is rounded.
+    zero width (an all-zero or empty tensor) gets scale 1, or where no code is zero the smallest one. The end
+    of an asymmetric range may move by half a step, for its zero point is rounded.
 
     Args:
         lo, hi: ends of the range, in the shape of the scale.
@@ -69,7 +69,7 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
             scale = torch.maximum(scale, lo / spec.qmin)
     else:
         scale = (hi - lo) / (spec.qmax - spec.qmin)
-    scale = torch.where(scale > 0, scale.clamp(min=MIN_SCALE), 1.0)
+    scale = torch.where(scale > 0, scale.clamp(min=MIN_SCALE), MIN_SCALE if spec.mid_rise else 1.0)
     if spec.scale == "pow2":
         scale = power_of_two(scale)
     scale = scale.float()

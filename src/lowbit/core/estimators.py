@@ -45,11 +45,20 @@ class Local:
     scale: Tensor
     # from one code to the next: 2 where codes are odd
     step: int
+    # between the outermost codes, zero point taken off
+    middle: Tensor | float = 0.0
+    # of training, from 0 to 1
+    progress: float = 0.0
 
     @property
     def rest(self) -> Tensor:
         """Distance from the code, in steps: -1/2 to 1/2 inside."""
         return (self.v - self.c) / self.step
+
+    @property
+    def side(self) -> Tensor:
+        """Of two codes: position between them, -1 at the lower and 1 at the upper."""
+        return (self.v - self.middle) / (self.step / 2)
 
     def within(self, t: Tensor) -> Tensor:
         """`t` inside, zero outside."""
@@ -76,13 +85,22 @@ class Estimator:
     gradients: Callable[[Local], Gradients]
     # of "scale" and "zero_point", those it trains; a scale that is not trained follows the tensor's range
     learns: tuple[str, ...] = ()
-    # what is done to a weight before it is rounded
-    reshape: Callable[[Tensor], Tensor] | None = None
+    # what is done to a weight before it is rounded; see `lowbit.core.reshapes`
+    reshape: str = "none"
     # the fused pass that computes the same: "mask"; or, by what moves a trained scale, "full" or "ends"
     fused: str | None = None
+    # whether it is for codes of one bit alone, and whether it changes with the progress of training
+    one_bit: bool = False
+    scheduled: bool = False
 
     def __call__(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, count: int
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        spec: QuantSpec,
+        count: int,
+        progress: float = 0.0,
     ) -> Tensor:
         """Quantize and dequantize `x`, with this estimator's gradients.
 
@@ -92,9 +110,31 @@ class Estimator:
             zero_point: as shaped as the scale, whole numbers of any type; None when the spec is symmetric.
             spec: of kind "int".
             count: elements that share a scale, for the size of its gradient.
+            progress: of training, from 0 to 1.
         """
-        gain = 1.0 / math.sqrt(max(1, count) * max(1, spec.qmax))
-        return _FakeQuantize.apply(x, scale, zero_point, spec, self, gain)  # type: ignore[no-untyped-call]
+        more = (spec, self, gain_of(count, spec), progress)
+        return _FakeQuantize.apply(x, scale, zero_point, *more)  # type: ignore[no-untyped-call]
+
+
+def gain_of(count: int, spec: QuantSpec) -> float:
+    """What the gradient of a scale is multiplied by: 1 / sqrt(N qmax)."""
+    return 1.0 / math.sqrt(max(1, count) * max(1, spec.qmax))
+
+
+def damped(t: Tensor, gain: float) -> Tensor:
+    """`t` itself, whose gradient is multiplied by `gain`."""
+    return _Damped.apply(t, gain)  # type: ignore[no-untyped-call]
+
+
+class _Damped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, gain: float) -> Tensor:
+        ctx.gain = gain
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g * ctx.gain, None
 
 
 estimators: Registry[Estimator] = Registry("estimator")
@@ -104,13 +144,15 @@ def estimator(
     name: str,
     *,
     learns: tuple[str, ...] = (),
-    reshape: Callable[[Tensor], Tensor] | None = None,
+    reshape: str = "none",
     fused: str | None = None,
+    one_bit: bool = False,
+    scheduled: bool = False,
 ) -> Callable[[Callable[[Local], Gradients]], Callable[[Local], Gradients]]:
     """Decorator: the function becomes the estimator of that name."""
 
     def add(gradients: Callable[[Local], Gradients]) -> Callable[[Local], Gradients]:
-        estimators.register(name)(Estimator(gradients, learns, reshape, fused))
+        estimators.register(name)(Estimator(gradients, learns, reshape, fused, one_bit, scheduled))
         return gradients
 
     return add
@@ -126,8 +168,9 @@ class _FakeQuantize(torch.autograd.Function):
         spec: QuantSpec,
         of: Estimator,
         gain: float,
+        progress: float,
     ) -> Tensor:
-        ctx.spec, ctx.of, ctx.gain = spec, of, gain
+        ctx.spec, ctx.of, ctx.gain, ctx.progress = spec, of, gain, progress
         ctx.fused = of.fused if _is_fused(x, scale, spec) else None
         if ctx.fused == "mask":
             y, mask = kernels.fake_quantize_masked(x, scale, zero_point, spec.qmin, spec.qmax, spec.mid_rise)
@@ -140,14 +183,14 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         if ctx.fused == "mask":
             (mask,) = ctx.saved_tensors
-            return kernels.fake_quantize_masked_backward(g, mask), None, None, None, None, None
+            return kernels.fake_quantize_masked_backward(g, mask), *[None] * 6
         x, scale, zero_point = ctx.saved_tensors
         gx, *sums = _gradients(ctx, g, x, scale, zero_point)
         asked = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         gains = [
             t * ctx.gain if t is not None and want else None for t, want in zip(sums, asked, strict=True)
         ]
-        return gx, *gains, None, None, None
+        return gx, *gains, None, None, None, None
 
 
 def _gradients(
@@ -160,7 +203,7 @@ def _gradients(
         return kernels.fake_quantize_backward(
             g, x, scale, zero_point, spec.qmin, spec.qmax, whole, moves, spec.mid_rise
         )
-    found = ctx.of.gradients(_local(g, x, scale, zero_point, ctx.spec))
+    found = ctx.of.gradients(_local(ctx, g, x, scale, zero_point))
     return found.x, _sum(found.scale, scale), _sum(found.zero_point, scale)
 
 
@@ -168,14 +211,16 @@ def _is_fused(x: Tensor, scale: Tensor, spec: QuantSpec) -> bool:
     return spec.rounding == "half_even" and kernels.supports(x, scale)
 
 
-def _local(g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Local:
+def _local(ctx: Any, g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Local:
+    spec = ctx.spec
     y = fake_quantize(x, scale, zero_point, spec)
     each = expand_to(scale, x.shape)
     v = x / each
     zero = 0 if zero_point is None else expand_to(zero_point, x.shape)
     margin = spec.step - 1  # half a step on either side of odd codes
     inside = (spec.qmin - margin - zero <= v) & (v <= spec.qmax + margin - zero)
-    return Local(g, v, y / each, inside, each, spec.step)
+    middle = (spec.qmin + spec.qmax) / 2 - zero
+    return Local(g, v, y / each, inside, each, spec.step, middle, ctx.progress)
 
 
 def _sum(t: Tensor | None, scale: Tensor) -> Tensor | None:
@@ -260,16 +305,67 @@ def dsq(at: Local) -> Gradients:
 DSQ_K = math.log(2 / 0.4 - 1)
 
 
-def _dorefa_weight(w: Tensor) -> Tensor:
-    bent = torch.tanh(w)
-    return bent * (w.detach().abs().amax() / bent.detach().abs().amax().clamp(min=1e-12))
-
-
-@estimator("dorefa", reshape=_dorefa_weight, fused="mask")
+@estimator("dorefa", reshape="tanh", fused="mask")
 def dorefa(at: Local) -> Gradients:
-    """DoReFa: weights are bent before they are rounded, w' = max|w| tanh(w) / max|tanh(w)|, and dy/dw' = 1.
+    """DoReFa: weights are bent by tanh before they are rounded, w' (see `reshapes`), and dy/dw' = 1.
 
-    Zhou et al. 2016, "DoReFa-Net", eq. 9, with the range kept instead of [-1, 1], for a trained network
-    depends on it. Activations are clipped and passed straight through (eq. 5).
+    Zhou et al. 2016, "DoReFa-Net", eq. 9. Activations are clipped and passed straight through (eq. 5).
     """
     return Gradients(at.within(at.g))
+
+
+def _one_bit(at: Local, slope: Tensor) -> Gradients:
+    """A surrogate f between two codes, y = s f(x / s): dy/dx = f', dy/ds = c - v f'."""
+    return Gradients(at.g * slope, at.g * (at.c - at.v * slope))
+
+
+@estimator("approx_sign", learns=("scale",), one_bit=True)
+def approx_sign(at: Local) -> Gradients:
+    """Piecewise quadratic: dy/dx = 2 - 2|t| for |t| < 1, else 0, with t = -1 and 1 at the two codes.
+
+    Liu et al. 2018, "Bi-Real Net", eq. 7, where a code is worth 1.
+    """
+    return _one_bit(at, (2 - 2 * at.side.abs()).clamp(min=0))
+
+
+@estimator("swish_sign", learns=("scale",), one_bit=True)
+def swish_sign(at: Local) -> Gradients:
+    """SignSwish: dy/dx = b (2 - b t tanh(b t / 2)) / (1 + cosh(b t)), b = 5: negative where t is large.
+
+    Darabi et al. 2018, "BNN+: improved binary network training", eq. 6 and 7.
+    """
+    bt = SWISH_BETA * at.side
+    return _one_bit(at, SWISH_BETA * (2 - bt * torch.tanh(bt / 2)) / (1 + torch.cosh(bt.clamp(-40, 40))))
+
+
+SWISH_BETA = 5.0
+
+
+@estimator("ede", learns=("scale",), one_bit=True, scheduled=True)
+def ede(at: Local) -> Gradients:
+    """Error decay: dy/dx = k r (1 - tanh^2(r t)), k = max(1 / r, 1); r goes from 0.1 to 10 with progress p.
+
+    r = 0.1 * 100^p: at first nearly straight through everywhere, at last nearly the sign. Qin et al. 2020,
+    "Forward and backward information retention (IR-Net)", eq. 10 to 12.
+    """
+    sharpness = 10.0 ** (2 * at.progress - 1)
+    slope = max(1.0, sharpness) * (1 - torch.tanh(sharpness * at.side).square())
+    return _one_bit(at, slope)
+
+
+@estimator("reste", learns=("scale",), one_bit=True, scheduled=True)
+def reste(at: Local) -> Gradients:
+    """Rectified STE: f(t) = sign(t) |t|^(1/o), dy/dx = f' for 0.1 <= |t| <= 1.5, o from 1 to 3 with progress.
+
+    Nearer to 0 the slope is that of the chord to 0.1, beyond 1.5 it is 0. Wu et al. 2023, "Estimator meets
+    equilibrium perspective", eq. 8 to 11.
+    """
+    power = 1 + (RESTE_POWER - 1) * at.progress
+    size = at.side.abs()
+    steep = size.clamp(min=RESTE_NEAR) ** (1 / power - 1) / power
+    chord = RESTE_NEAR ** (1 / power - 1)
+    slope = torch.where(size < RESTE_NEAR, chord, steep)
+    return _one_bit(at, torch.where(size > RESTE_FAR, 0.0, slope))
+
+
+RESTE_POWER, RESTE_NEAR, RESTE_FAR = 3.0, 0.1, 1.5

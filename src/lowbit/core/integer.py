@@ -25,6 +25,10 @@ class Grid:
     zero_point: int
     spec: QuantSpec
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """rint; where codes are signs, the side of zero."""
+        return torch.where(x >= 0, 1.0, -1.0) if self.spec.is_binary else torch.round(x)
+
     def centre(self, codes: Tensor) -> Tensor:
         """Clamp codes and take the zero point off."""
         return codes.clamp(self.spec.qmin, self.spec.qmax) - self.zero_point
@@ -43,7 +47,7 @@ def to_real(centred: Tensor, grid: Grid) -> Tensor:
 
 def round_to(x: Tensor, grid: Grid) -> Tensor:
     """QuantizeLinear: clamp(rint(x / scale) + zero_point)."""
-    return grid.centre(torch.round(x.float() / grid.scale) + grid.zero_point)
+    return grid.centre(grid.nearest(x.float() / grid.scale) + grid.zero_point)
 
 
 def rescale(accumulator: Tensor, multiplier: Tensor, grid: Grid) -> Tensor:
@@ -53,7 +57,7 @@ def rescale(accumulator: Tensor, multiplier: Tensor, grid: Grid) -> Tensor:
         accumulator: exact integer sums, bias included, float64.
         multiplier: float32, f32(f32(input scale * weight scale) / output scale), broadcastable.
     """
-    return grid.centre(torch.round(accumulator.float() * multiplier) + grid.zero_point)
+    return grid.centre(grid.nearest(accumulator.float() * multiplier) + grid.zero_point)
 
 
 def add(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, grid: Grid) -> Tensor:
@@ -62,18 +66,18 @@ def add(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, grid: Grid) -> Tensor:
     ra, rb = a_grid.scale / grid.scale, b_grid.scale / grid.scale
     za, zb = torch.tensor(float(a_grid.zero_point)), torch.tensor(float(b_grid.zero_point))
     fixed = grid.zero_point - fma(ra, za, rb * zb)
-    return grid.centre(torch.round(fma(a + za, ra, fma(b + zb, rb, fixed))))
+    return grid.centre(grid.nearest(fma(a + za, ra, fma(b + zb, rb, fixed))))
 
 
 def multiply(a: Tensor, a_grid: Grid, b: Tensor, b_grid: Grid, grid: Grid) -> Tensor:
     """QLinearMul: clamp(rint(f32(f32(a * b) * f32(f32(sa * sb) / sc)) + zc)), the zero point inside."""
     ratio = a_grid.scale * b_grid.scale / grid.scale
-    return grid.centre(torch.round((a.double() * b.double()).float() * ratio + grid.zero_point))
+    return grid.centre(grid.nearest((a.double() * b.double()).float() * ratio + grid.zero_point))
 
 
 def average_pool(window_means: Tensor, grid: Grid) -> Tensor:
     """QLinearAveragePool of float32 means: clamp(rint(f32(mean / scale) + zero_point)), zero point inside."""
-    return grid.centre(torch.round(window_means / grid.scale + grid.zero_point))
+    return grid.centre(grid.nearest(window_means / grid.scale + grid.zero_point))
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

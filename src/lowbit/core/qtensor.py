@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lowbit.core.affine import check_finite, choose_qparams, dequantize, group_amin_amax, quantize
-from lowbit.core.spec import QuantSpec
+from lowbit.core.levels import least_error
+from lowbit.core.spec import QuantSpec, expand_to
 from lowbit.errors import LowbitError, expect
 
 __all__ = ["QTensor", "QuantizationError", "quantization_error"]
@@ -19,18 +20,21 @@ __all__ = ["QTensor", "QuantizationError", "quantization_error"]
 class QTensor:
     """Codes and what they mean. A record, not a torch.Tensor subclass.
 
-    Invariant: `dequantize() == (codes - zero_point) * scale`, with `scale.ndim == codes.ndim`.
+    Invariant: `dequantize() == (codes - zero_point) * scale`, with `scale.ndim == codes.ndim`; where the spec
+    is split, negative codes have `negative_scale` for the scale.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     spec: QuantSpec
+    negative_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check that shapes, dtype and zero point are those of the spec."""
         shape = self.spec.scale_shape(self.codes.shape)
-        for what, tensor in (("scale", self.scale), ("zero point", self.zero_point)):
+        parts = {"scale": self.scale, "zero point": self.zero_point, "negative scale": self.negative_scale}
+        for what, tensor in parts.items():
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise LowbitError(
                     f"{what} of shape {list(tensor.shape)} does not fit codes of shape "
@@ -38,6 +42,10 @@ class QTensor:
                 )
         if self.codes.dtype != self.spec.dtype:
             raise LowbitError(f"codes are {self.codes.dtype}; {self.spec} asks for {self.spec.dtype}")
+        if (self.negative_scale is not None) != self.spec.split:
+            raise LowbitError(
+                f"a negative scale goes with a split spec and only there; the spec is {self.spec}"
+            )
         if (self.zero_point is None) != (self.spec.symmetric or self.spec.kind == "float"):
             raise LowbitError(
                 f"a zero point goes with an asymmetric spec and only there; the spec is {self.spec}"
@@ -47,7 +55,8 @@ class QTensor:
     def quantize(cls, x: Tensor, spec: QuantSpec, range: tuple[Tensor, Tensor] | None = None) -> QTensor:
         """Quantize `x` with the scale that covers `range`, by default its smallest to largest value.
 
-        A constant tensor is represented up to float rounding; an all-zero or empty one gets scale 1.
+        A constant tensor is represented up to float rounding; an all-zero or empty one gets scale 1. Binary
+        and ternary codes get, by default, the scale of least squared error.
 
         Args:
             x: float tensor of any shape.
@@ -59,16 +68,36 @@ class QTensor:
         """
         _check_kinds(x, spec)
         check_finite(x)
+        if range is None and (spec.is_binary or spec.is_ternary):
+            return cls._on_levels(x, spec)
         lo, hi = group_amin_amax(x, spec) if range is None else range
         scale, zero_point = choose_qparams(lo, hi, spec)
         return cls(quantize(x, scale, zero_point, spec), scale, zero_point, spec)
 
+    @classmethod
+    def _on_levels(cls, x: Tensor, spec: QuantSpec) -> QTensor:
+        found = least_error(x, spec)
+        scale, negative = found.scale, found.negative_scale
+        unit = scale
+        if negative is not None:
+            unit = torch.where(x < 0, expand_to(negative, x.shape), expand_to(scale, x.shape))
+        return cls(quantize(x, unit, None, spec), scale, None, spec, negative)
+
     def dequantize(self) -> Tensor:
         """float32 tensor of the shape of the codes."""
-        return dequantize(self.codes, self.scale, self.zero_point)
+        real = dequantize(self.codes, self.scale, self.zero_point)
+        if self.negative_scale is None:
+            return real
+        return torch.where(self.codes < 0, dequantize(self.codes, self.negative_scale, None), real)
 
     def widened(self, bits: int) -> QTensor:
-        """The same numbers in plain integer codes of `bits` bits: codes times 2^k, scale over 2^k."""
+        """The same numbers in plain integer codes of `bits` bits: codes times 2^k, scale over 2^k.
+
+        Raises:
+            LowbitError: each sign has a scale of its own.
+        """
+        if self.spec.split:
+            raise LowbitError("codes with a scale for each sign are no integers; use TERNARY, without split")
         factor = 1 << max(0, bits - self.spec.code_bits)
         zero = None if self.zero_point is None else self.zero_point * factor
         spec = replace(self.spec, bits=max(bits, self.spec.code_bits), mid_rise=False)
@@ -80,6 +109,7 @@ class QTensor:
         width = self.spec.bits if self.spec.bits <= 8 else 8 * self.codes.element_size()
         codes = math.ceil(self.codes.numel() * width / 8)
         scale = 0 if self.spec.kind == "float" else 4 * self.scale.numel()
+        scale *= 2 if self.spec.split else 1
         return codes + scale + (0 if self.zero_point is None else 4 * self.zero_point.numel())
 
 

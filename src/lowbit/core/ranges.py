@@ -103,8 +103,8 @@ def least_error_range_of(
 def histogram_error(counts: Tensor, edges: Tensor, spec: QuantSpec) -> ErrorOfRange:
     """Squared error of quantizing what a histogram holds, values spread evenly within each bin.
 
-    The integral of (x - Q(x))^2 has a closed form: with n = round(x / s) and f = x / s - n it is
-    s^3 (n / 12 + f^3 / 3) inside the range, and a cubic in the distance from the range outside.
+    The integral of (x - Q(x))^2 has a closed form: with n the code of x, f = x / s - n and t from one code to
+    the next it is s^3 (t^2 n / 12 + f^3 / 3) inside the range, and a cubic in the distance from it outside.
 
     Args:
         counts: [bins].
@@ -124,9 +124,11 @@ def histogram_error(counts: Tensor, edges: Tensor, spec: QuantSpec) -> ErrorOfRa
 
         inside = torch.minimum(torch.maximum(ends, bottom), top)
         steps = inside / step
-        codes = torch.round(steps)
+        codes = 2 * torch.floor(steps / 2) + 1 if spec.mid_rise else torch.round(steps)
+        codes = codes.clamp(max=spec.qmax) if spec.mid_rise else codes
         rest, outside = steps - codes, ends - inside  # cubes as products: pow is ten times slower
-        integral = step**3 * (codes / 12 + rest * rest * rest / 3) + outside * outside * outside / 3
+        integral = step**3 * (spec.step**2 * codes / 12 + rest * rest * rest / 3)
+        integral = integral + outside * outside * outside / 3
         return (integral.diff() * density).sum().reshape(lo.shape)
 
     return error

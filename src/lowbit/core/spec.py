@@ -11,7 +11,19 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError, expect
 
-__all__ = ["FP16", "INT4", "INT8", "UINT8", "Granularity", "PerChannel", "PerGroup", "PerTensor", "QuantSpec"]
+__all__ = [
+    "BINARY",
+    "FP16",
+    "INT4",
+    "INT8",
+    "TERNARY",
+    "UINT8",
+    "Granularity",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "QuantSpec",
+]
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,8 @@ class QuantSpec:
     # codes are odd, ..., -3, -1, 1, 3, ...: none stands for zero, and as many are negative as positive (a
     # mid-rise quantizer; Widrow, Kollar 2008, section 1.3). With one bit that is the sign
     mid_rise: bool = False
+    # negative codes have a scale of their own: ternary ones alone, -a, 0 and b (Zhu et al. 2017)
+    split: bool = False
     # "pow2" <=> the scale is a power of two: a shift in hardware
     scale: Literal["float", "pow2"] = "float"
     # ties of the rounding: to the even code, or up
@@ -138,6 +152,8 @@ class QuantSpec:
             if self.bits != 16:
                 raise LowbitError(f"kind='float' has 16 bits, not {self.bits}; use FP16, or kind='int'")
             return
+        if self.split and not self.is_ternary:
+            raise LowbitError("split=True gives each sign of ternary codes a scale; use bits=2, narrow=True")
         if self.mid_rise:
             self._check_mid_rise()
             return
@@ -177,6 +193,16 @@ class QuantSpec:
         return (1 << self.bits - int(self.signed)) - 1
 
     @property
+    def is_binary(self) -> bool:
+        """Whether codes are -1 and 1."""
+        return self.kind == "int" and self.bits == 1 and self.mid_rise
+
+    @property
+    def is_ternary(self) -> bool:
+        """Whether codes are -1, 0 and 1."""
+        return self.kind == "int" and self.symmetric and self.narrow and self.bits == 2
+
+    @property
     def step(self) -> int:
         """Distance from a code to the next."""
         return 2 if self.mid_rise else 1
@@ -209,6 +235,9 @@ class QuantSpec:
             return "fp16"
         sign, zero_point = "" if self.signed else "u", "" if self.symmetric else "+zp"
         scale = "/pow2" if self.scale == "pow2" else ""
+        if self.is_binary or self.is_ternary:
+            name = "binary" if self.is_binary else "ternary"
+            return f"{name}/{self.granularity}{'/split' if self.split else ''}{scale}"
         rise = "/mid-rise" if self.mid_rise else ""
         return f"{sign}int{self.bits}{zero_point}/{self.granularity}{rise}{scale}"
 
@@ -245,6 +274,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "symmetric": (True, False),
     "narrow": (True, False),
     "mid_rise": (True, False),
+    "split": (True, False),
     "scale": ("float", "pow2"),
     "rounding": ("half_even", "half_up"),
 }
@@ -255,6 +285,10 @@ INT4 = QuantSpec(bits=4, granularity=PerChannel(0))
 """Weights in four bits: signed, symmetric, one scale per output channel."""
 UINT8 = QuantSpec(bits=8, signed=False, symmetric=False)
 """Activations: unsigned with a zero point, one scale per tensor."""
+BINARY = QuantSpec(bits=1, mid_rise=True, granularity=PerChannel(0))
+"""Weights of -1 and 1 times one scale per output channel; zero counts as positive."""
+TERNARY = QuantSpec(bits=2, narrow=True, granularity=PerChannel(0))
+"""Weights of -1, 0 and 1 times one scale per output channel."""
 FP16 = QuantSpec(bits=16, kind="float")
 """IEEE half precision; no scale."""
 

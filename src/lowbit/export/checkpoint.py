@@ -26,7 +26,7 @@ from lowbit.graph.masks import holds_huge
 from lowbit.graph.structure import Part, first_difference, first_module_difference, structure_of
 from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
-from lowbit.nn.quantizer import Quantizer
+from lowbit.nn.quantizer import TRAINED, Quantizer
 from lowbit.ptq import assemble, float_graph
 from lowbit.recipe import Recipe
 from lowbit.sealed import MALFORMED, read_sealed, write_sealed
@@ -121,7 +121,7 @@ def _tensors_of(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
     for path, layer in _layers(gm):
         yield _codes_name(path), _packed(layer)
     for path, quantizer in _quantizers(gm):
-        for name in ("scale", "zero_point"):
+        for name in TRAINED:
             value = getattr(quantizer, name)
             if value is not None and value.numel():
                 yield f"{path}.{name}", _plain_tensor(value)
@@ -246,15 +246,14 @@ def _fill(gm: fx.GraphModule, record: Record, tensors: dict[str, Tensor]) -> Non
 def _fill_quantizer(
     path: str, quantizer: Quantizer, spec: QuantSpec, mode: str, tensors: dict[str, Tensor]
 ) -> set[str]:
-    scale, zero_point = f"{path}.scale", f"{path}.zero_point"
     quantizer.spec, quantizer.observer = spec, None
     quantizer.mode = "quantize" if mode == "quantize" else "off"
-    quantizer.scale = tensors.get(scale, torch.empty(0))
     none_yet = None if spec.symmetric else torch.empty(0, dtype=torch.int32)
-    quantizer.zero_point = tensors.get(zero_point, none_yet)
+    for name, default in (("scale", torch.empty(0)), ("negative_scale", None), ("zero_point", none_yet)):
+        setattr(quantizer, name, tensors.get(f"{path}.{name}", default))
     if mode == "quantize" and not quantizer.ready:
-        raise _missing(scale)
-    return {scale, zero_point}
+        raise _missing(f"{path}.scale")
+    return {f"{path}.{name}" for name in TRAINED}
 
 
 def _fill_layer(path: str, layer: QLayer, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> set[str]:
@@ -310,7 +309,7 @@ def _special_names(gm: fx.GraphModule) -> set[str]:
         if isinstance(module, QLayer):
             found.add(_codes_name(path))
         elif isinstance(module, Quantizer):
-            found |= {f"{path}.scale", f"{path}.zero_point"}
+            found |= {f"{path}.{name}" for name in TRAINED}
     return found
 
 

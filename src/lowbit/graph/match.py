@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from lowbit.graph.ops import INTEGER, is_tensor, kind_of, label, module_of
+from lowbit.graph.ops import INTEGER, clamp_bounds, is_tensor, kind_of, label, module_of
 from lowbit.nn.layers import layers as known_layers
 from lowbit.nn.layers import obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
@@ -22,6 +22,7 @@ __all__ = [
     "is_folded_later",
     "is_global_pool",
     "layer_nodes",
+    "never_negative",
     "operands",
     "operations",
     "path_name",
@@ -32,6 +33,8 @@ __all__ = [
     "tensor_inputs",
 ]
 
+# functions and modules, by their labels
+_NEVER_NEGATIVE = {"sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square"}
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -146,6 +149,16 @@ def tail_of(node: fx.Node) -> fx.Node:
     if len(users) == 1 and is_folded_later(users[0]):
         return tail_of(users[0])
     return users[0] if len(users) == 1 and kind_of(users[0]) == "clamp" else node
+
+
+def never_negative(node: fx.Node) -> bool:
+    """Whether a ReLU or its like made the values, perhaps moved, averaged or added since."""
+    kind = kind_of(node)
+    if kind == "clamp":
+        return clamp_bounds(node)[0] >= 0
+    if kind in ("pass", "average", "add", "cat", "quantizer"):
+        return all(map(never_negative, tensor_inputs(node)))
+    return kind == "float" and label(node).lower() in _NEVER_NEGATIVE
 
 
 def is_folded_later(node: fx.Node) -> bool:

@@ -48,12 +48,15 @@ class QLayer(nn.Module):
     bias: nn.Parameter | None
     weight_quantizer: Quantizer
     frozen_spec: QuantSpec | None = None
-    # how the range of the weight is chosen: "mse" or "minmax"; private, for it is no part of the architecture
-    _weight_observer: str = "mse"
 
     @classmethod
     def from_float(
-        cls, layer: nn.Module, spec: QuantSpec, weight_observer: str = "mse", estimator: str = "lsq"
+        cls,
+        layer: nn.Module,
+        spec: QuantSpec,
+        weight_observer: str = "mse",
+        estimator: str = "lsq",
+        reshape: str = "",
     ) -> QLayer:
         """The same layer, sharing its Parameters, with a quantizer of that spec for the weight."""
         kwargs: dict[str, Any] = {name: getattr(layer, name) for name in cls.arguments}
@@ -63,14 +66,8 @@ class QLayer(nn.Module):
         q.weight = layer.weight  # type: ignore[assignment]
         if kwargs.get("bias"):
             q.bias = layer.bias  # type: ignore[assignment]
-        q.weight_quantizer = Quantizer(spec, observer=None, estimator=estimator)
-        q._weight_observer = weight_observer
+        q.weight_quantizer = Quantizer(spec, None, estimator, weight_observer, reshape)
         return q.train(layer.training)
-
-    @property
-    def weight_observer(self) -> str:
-        """How the range of the latent weight is chosen: "mse" or "minmax"."""
-        return self._weight_observer
 
     def effective_weight(self) -> Tensor:
         """float32 weight: latent, rounded or decoded, as the state of the layer has it."""
@@ -82,10 +79,11 @@ class QLayer(nn.Module):
         """The codes: those kept by `freeze`, or those the latent weight has now."""
         if self.frozen_spec is None:
             return self.weight_quantizer.quantize(self.weight.detach())
-        parts = self.get_buffer("weight_codes"), self.weight_quantizer.scale, self.weight_quantizer.zero_point
+        codes, quantizer = self.get_buffer("weight_codes"), self.weight_quantizer
         if self.frozen_spec.kind == "float":
-            return QTensor(parts[0], torch.ones([1] * parts[0].ndim), None, self.frozen_spec)
-        return QTensor(*parts, self.frozen_spec)
+            return QTensor(codes, torch.ones([1] * codes.ndim), None, self.frozen_spec)
+        scales = quantizer.scale, quantizer.zero_point, self.frozen_spec, quantizer.negative_scale
+        return QTensor(codes, *scales)
 
     def kernel_qweight(self, source: QuantSpec) -> QTensor:
         """The weight as an integer kernel on inputs of that spec holds it: see `kernel_bits`."""
@@ -93,12 +91,16 @@ class QLayer(nn.Module):
         return q if q.spec.kind == "float" else q.widened(kernel_bits(q.spec, source))
 
     def settle(self) -> None:
-        """End training: the latent weight as it is rounded, without learned scales."""
-        if self.frozen_spec is None:
-            quantizer = self.weight_quantizer
-            if quantizer.estimator.reshape is not None:
-                self.weight = nn.Parameter(quantizer.reshaped(self.weight.detach()))
-            quantizer.settle()
+        """End training: the latent weight as it is rounded, without learned scales or thresholds."""
+        if self.frozen_spec is not None:
+            return
+        quantizer, weight = self.weight_quantizer, self.weight.detach()
+        settled = weight if quantizer.reshape is None else quantizer.reshaped(weight)
+        if quantizer.threshold is not None:
+            settled = quantizer.quantize(weight).dequantize()
+        if settled is not weight:
+            self.weight = nn.Parameter(settled)
+        quantizer.settle()
 
     def rescale(self, factor: Tensor) -> int:
         """weight -> weight * factor, by the scale alone: codes stay, or change sign with the factor.
@@ -116,13 +118,19 @@ class QLayer(nn.Module):
         before, spec = self.qweight(), quantizer.spec
         size = torch.where(factor == 0, 1.0, factor.abs())
         scale = (self._of_each_channel(before.scale) * size).clamp(min=MIN_SCALE)
+        negative = before.negative_scale
+        if negative is not None:
+            negative = (self._of_each_channel(negative) * size).clamp(min=MIN_SCALE)
         if tuple(scale.shape) != spec.scale_shape(self.weight.shape):
             quantizer.spec = spec = replace(spec, granularity=_granularity_of(scale, self.channel_axis))
         flipped = factor < 0
         if before.zero_point is not None:
             zero = self._of_each_channel(before.zero_point).expand(scale.shape)
             quantizer.zero_point = torch.where(flipped, spec.qmin + spec.qmax - zero, zero)
-        quantizer.scale = scale
+        quantizer.scale, quantizer.negative_scale = scale, negative
+        if negative is not None:  # codes that change sign change sides
+            quantizer.scale = torch.where(flipped, negative, scale)
+            quantizer.negative_scale = torch.where(flipped, scale, negative)
         self.weight = nn.Parameter(before.dequantize() * factor)
         codes = before.codes.int()
         opposite = -codes if before.zero_point is None else spec.qmin + spec.qmax - codes

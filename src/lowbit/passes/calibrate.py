@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
 from lowbit import distributed
-from lowbit.core.affine import check_finite, group_amin_amax
-from lowbit.core.ranges import least_error_range_of
+from lowbit.core.affine import check_finite
 from lowbit.errors import LowbitError
 from lowbit.graph.trace import Inputs
 from lowbit.nn.layers import QLayer
@@ -44,7 +43,7 @@ def batches(data: Any, num_batches: int | None = None) -> Iterator[Inputs]:
 
 
 def calibrate_weights(model: nn.Module) -> None:
-    """Choose the range of every latent weight: of least squared error, or from smallest to largest.
+    """Choose the scale of every latent weight, as its weight observer does.
 
     Raises:
         LowbitError: a weight holds NaN or infinity.
@@ -56,8 +55,7 @@ def calibrate_weights(model: nn.Module) -> None:
         weight = quantizer.reshaped(layer.weight.detach())
         check_finite(weight, f"the weight of '{path}'")
         if quantizer.spec.kind == "int":
-            choose = group_amin_amax if layer.weight_observer == "minmax" else least_error_range_of
-            quantizer.set_range(*choose(weight, quantizer.spec))
+            quantizer.take(quantizer.fit(layer.weight.detach()))
         quantizer.observer = None
         quantizer.mode = "quantize"
 

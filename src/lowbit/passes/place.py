@@ -12,6 +12,7 @@ from lowbit.errors import LowbitError
 from lowbit.graph.match import (
     hidden_layers,
     is_folded_later,
+    never_negative,
     operands,
     operations,
     path_name,
@@ -28,6 +29,8 @@ from lowbit.recipe import Recipe, Rule
 
 __all__ = ["Decision", "place", "resolve"]
 
+# one bit of what is never negative
+BIT = QuantSpec(bits=1, signed=False)
 QUANTIZERS = "activation_quantizers"
 
 
@@ -94,7 +97,7 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
         if asked is not None and asked.weight is not None and kind is not None:
             swap(gm, path, _quantized(layer, kind, asked, name))
     for node, rule in wanted.items():
-        insert_after(gm, node, _path_behind(node), _activation_quantizer(rule))
+        insert_after(gm, node, _path_behind(node), _activation_quantizer(rule, node))
     _narrow(gm, rules)
     for path, layer in [found for leaf in gm.meta["leaves"] for found in hidden_layers(gm, leaf)]:
         _bind(gm, path, layer, rules)
@@ -112,7 +115,7 @@ def _narrow(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> None:
                 asking.setdefault((operand, _bits(rule)), []).append((node, rule))
     for (operand, bits), found in asking.items():
         made_by = operand.args[0] if kind_of(operand) == "quantizer" else operand
-        quantizer = _activation_quantizer(found[0][1])
+        quantizer = _activation_quantizer(found[0][1], made_by)
         readers = [node for node, _ in found]
         insert_after(gm, operand, f"{_path_behind(made_by)}_{bits}_bits", quantizer, readers=readers)
 
@@ -124,9 +127,14 @@ def _path_behind(node: fx.Node) -> str:
     return f"{QUANTIZERS}.{layer.name}"
 
 
-def _activation_quantizer(rule: Rule) -> Quantizer:
-    assert rule.activation is not None
-    return Quantizer(rule.activation, rule.observer, rule.estimator)
+def _activation_quantizer(rule: Rule, source: fx.Node | None = None) -> Quantizer:
+    """As the rule says; but of what is never negative, whose sign would always be 1, one bit is 0 or 1."""
+    spec = rule.activation
+    assert spec is not None
+    if spec.is_binary and source is not None and never_negative(source):
+        spec = BIT
+        source.graph.owning_module.meta.setdefault("bits_for_signs", []).append(str(source.meta["name"]))
+    return Quantizer(spec, rule.observer, rule.estimator)
 
 
 def _leaves_as_float(node: fx.Node) -> bool:
@@ -159,7 +167,8 @@ def _layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _quantized(layer: nn.Module, kind: type[QLayer], rule: Rule, name: str) -> QLayer:
-    return kind.from_float(layer, _spec_of(layer, kind, rule, name), rule.weight_observer, rule.estimator)
+    spec = _spec_of(layer, kind, rule, name)
+    return kind.from_float(layer, spec, rule.weight_observer, rule.estimator, rule.reshape)
 
 
 def _spec_of(layer: nn.Module, kind: type[QLayer], rule: Rule, name: str) -> QuantSpec:

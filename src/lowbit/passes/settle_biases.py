@@ -31,7 +31,8 @@ def settle_biases(gm: fx.GraphModule) -> None:
         ):
             continue
         quantizer, bias = layer.weight_quantizer, layer.bias.detach()
-        if quantizer.spec.kind != "int" or source.spec.kind != "int" or source.scale.numel() != 1:
+        integer = quantizer.spec.kind == "int" and source.spec.kind == "int" and not quantizer.spec.split
+        if not integer or source.scale.numel() != 1:
             continue
         # steps of the accumulator, as fine as the kernel's codes allow
         spare = kernel_bits(quantizer.spec, source.spec) - quantizer.spec.code_bits

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowbit.core.affine import choose_qparams, fake_quantize
 from lowbit.core.spec import QuantSpec
 from lowbit.search.prober import Prober
 from lowbit.search.sites import Place
@@ -143,9 +142,7 @@ def _some(prober: Prober) -> Iterator[Batch]:
 
 
 def _change(prober: Prober, place: Place, x: Tensor, spec: QuantSpec) -> Tensor:
-    applied = place.applied(spec)
-    x = place.quantizer.reshaped(x)
-    return fake_quantize(x, *choose_qparams(*prober.range_of(place, spec), applied), applied) - x
+    return prober.rounded(place, x, spec) - place.quantizer.reshaped(x)
 
 
 @contextmanager

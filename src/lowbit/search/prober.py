@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from lowbit.core.affine import group_amin_amax
+from lowbit.core.affine import choose_qparams
+from lowbit.core.levels import Fit
 from lowbit.core.observers import Observer, observers
-from lowbit.core.ranges import least_error_range_of
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.graph.cursor import Cursor
@@ -73,11 +73,11 @@ class Prober:
         self.q, self.gm, self.batches, self.objective = q, q.graph, batches, objective
         self.places = {place.path: place for place in places}
         self.labelled = all(batch.labels is not None for batch in batches)
-        self.ranges: dict[tuple[str, QuantSpec], tuple[Tensor, Tensor]] = {}
+        self.fits: dict[tuple[str, QuantSpec], Fit] = {}
         self.observers: dict[str, Observer] = {}
         # numbers of batches, and what layers give for them in float
         self.targets: tuple[tuple[int, ...], dict[fx.Node, list[Tensor]]] = ((), {})
-        self.stand_ins = {path: _stand_in(place.quantizer) for path, place in self.places.items()}
+        self.stand_ins = {path: _stand_in(place) for path, place in self.places.items()}
         self.references = self._look()
 
     def _look(self) -> list[_Reference]:
@@ -138,23 +138,28 @@ class Prober:
         quantizer.observer, quantizer.mode = None, "off"
         if spec is not None:
             quantizer.spec = place.applied(spec)
-            quantizer.set_range(*self.range_of(place, spec))
+            quantizer.take(self.fit_of(place, spec))
             quantizer.mode = "quantize"
 
-    def range_of(self, place: Place, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    def fit_of(self, place: Place, spec: QuantSpec) -> Fit:
+        """The scale of a place at a spec, chosen once."""
         key = place.path, spec
-        if key not in self.ranges:
+        if key not in self.fits:
             if isinstance(place.layer, QLayer):
-                weight = place.quantizer.reshaped(place.layer.weight.detach())
-                choose = group_amin_amax if place.layer.weight_observer == "minmax" else least_error_range_of
-                self.ranges[key] = choose(weight, place.applied(spec))
+                self.fits[key] = _stand_in(place, spec).fit(place.layer.weight.detach())
             else:
                 observer = self.observers[place.path]
                 if not observer.batches:
                     raise LowbitError(f"no data reached '{place.name}', so its bits cannot be chosen")
                 observer.spec = spec
-                self.ranges[key] = observer.range()
-        return self.ranges[key]
+                self.fits[key] = Fit(*choose_qparams(*observer.range(), spec))
+        return self.fits[key]
+
+    def rounded(self, place: Place, x: Tensor, spec: QuantSpec) -> Tensor:
+        """A tensor as a place at that spec would give it."""
+        quantizer = _stand_in(place, spec)
+        quantizer.take(self.fit_of(place, spec))
+        return quantizer.quantize(x).dequantize()
 
     def parts(self, memory: int) -> list[list[int]]:
         """Numbers of the batches that a cursor holds at once, within so many bytes of activations.
@@ -247,8 +252,10 @@ class Prober:
         return value
 
 
-def _stand_in(quantizer: Quantizer) -> Quantizer:
-    """One that can be given any spec, while the real one stays as it is."""
-    made = Quantizer(quantizer.spec, observer=None)
-    made.is_weight, made.estimator = quantizer.is_weight, quantizer.estimator
+def _stand_in(place: Place, spec: QuantSpec | None = None) -> Quantizer:
+    """A quantizer that can be given any spec, while the real one stays as it is."""
+    quantizer = place.quantizer
+    made = Quantizer(quantizer.spec, None, quantizer.estimator, quantizer.weight_observer)
+    made.is_weight, made.reshape = quantizer.is_weight, quantizer.reshape
+    made.spec = quantizer.spec if spec is None else place.applied(spec)
     return made

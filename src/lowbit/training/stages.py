@@ -10,8 +10,6 @@ from dataclasses import replace
 
 from torch import nn
 
-from lowbit.core.affine import group_amin_amax
-from lowbit.core.ranges import least_error_range_of
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.nn.layers import QLayer
@@ -77,11 +75,10 @@ def enter(model: nn.Module, targets: Mapping[str, QuantSpec], bits: int, *, sear
             continue
         changed.append(path)
         if search and layer is not None:
-            weight = quantizer.reshaped(layer.weight.detach())
-            choose = group_amin_amax if layer.weight_observer == "minmax" else least_error_range_of
-            ends = choose(weight, wanted)
-        else:
-            ends = _range(quantizer)
+            quantizer.spec = wanted
+            quantizer.take(quantizer.fit(layer.weight.detach()))
+            continue
+        ends = _range(quantizer)
         quantizer.spec = wanted
         if search:
             quantizer.set_range(*ends)
@@ -89,7 +86,7 @@ def enter(model: nn.Module, targets: Mapping[str, QuantSpec], bits: int, *, sear
 
 
 def _widened(spec: QuantSpec, bits: int) -> QuantSpec:
-    return replace(spec, bits=bits, mid_rise=False) if spec.bits < bits else spec
+    return replace(spec, bits=bits, mid_rise=False, split=False) if spec.bits < bits else spec
 
 
 def _range(quantizer: Quantizer) -> tuple:  # type: ignore[type-arg]

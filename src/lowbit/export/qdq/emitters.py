@@ -24,9 +24,12 @@ __all__ = [
     "CODES",
     "NIBBLES",
     "NIBBLES_CAST",
+    "SIGN_ZERO",
     "Clamped",
     "EmitGlobalAveragePool",
     "EmitQuantizer",
+    "EmitSign",
+    "accumulator_step",
     "emit_layer",
 ]
 
@@ -34,6 +37,8 @@ __all__ = [
 # tensors: read as they are, or cast to int8 first, which integer kernels need and the runtime does once
 CODES = "lowbit.codes"
 NIBBLES, NIBBLES_CAST = "nibbles", "nibbles_cast_"
+# what is added to the codes of signs, which integer kernels want unsigned
+SIGN_ZERO = 1
 
 
 def op(
@@ -93,6 +98,40 @@ class EmitQuantizer(nn.Module):
             codes = op("QuantizeLinear", (x, *grid), self.dtype, x.shape, **axis)
             codes = op("Clip", (codes, self.qmin, self.qmax), self.dtype, x.shape, metadata=mark)
         return op("DequantizeLinear", (codes, *grid), torch.float32, x.shape, **axis)
+
+
+class EmitSign(nn.Module):
+    """The sign: Where, DequantizeLinear. In the file its codes are SIGN_ZERO - 1 and SIGN_ZERO + 1, of uint8.
+
+    Behind an integer layer its sums are rounded first, at the smallest step of the accumulators, which keeps
+    every sign and gives the layer an integer kernel.
+    """
+
+    def __init__(self, quantizer: Quantizer, name: str, step: Tensor | None) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("step", step)
+        self.register_buffer("scale", quantizer.scale.reshape(()).clone())
+        self.register_buffer("origin", torch.tensor(0.0))
+        codes = {"middle": 128, "centre": SIGN_ZERO, "plus": SIGN_ZERO + 1, "minus": SIGN_ZERO - 1}
+        for name_of, code in codes.items():
+            self.register_buffer(name_of, torch.tensor(code, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.step is not None:
+            codes = op("QuantizeLinear", (x, self.step, self.middle), torch.uint8, x.shape)
+            x = op("DequantizeLinear", (codes, self.step, self.middle), torch.float32, x.shape)
+        positive = op("GreaterOrEqual", (x, self.origin), torch.bool, x.shape)
+        signs = (positive, self.plus, self.minus)
+        codes = op("Where", signs, torch.uint8, x.shape, metadata={CODES: self.name})
+        return op("DequantizeLinear", (codes, self.scale, self.centre), torch.float32, x.shape)
+
+
+def accumulator_step(layer: QLayer, source: Quantizer | None) -> Tensor | None:
+    """The smallest step of the sums of a layer over its channels; None where it has no integer kernel."""
+    if source is None or not _has_accumulator(layer, source):
+        return None
+    return (source.scale.reshape(()) * layer.kernel_qweight(source.spec).scale).min()
 
 
 class EmitGlobalAveragePool(nn.Module):
@@ -246,13 +285,22 @@ class _EmitEmbedding(nn.Module):
         return rows * expand_to(F.embedding(index, self.scale), rows.shape)
 
 
-def emit_layer(layer: QLayer, source: Quantizer | None, rank: int) -> nn.Module:
+def emit_layer(layer: QLayer, source: Quantizer | None, rank: int, name: str) -> nn.Module:
     """The stand-in of a quantized layer.
 
     Args:
         source: quantizer of its input, when integer kernels are meant.
         rank: number of axes of its input.
+        name: of the layer, for messages.
+
+    Raises:
+        LowbitError: its weight has no ONNX form.
     """
+    if layer.weight_quantizer.spec.split:
+        raise LowbitError(
+            f"'{name}': ONNX has no codes with a scale for each sign; train with the spec 'ternary', or keep "
+            "the lowbit checkpoint"
+        )
     if isinstance(layer, QEmbedding):
         return _EmitEmbedding(layer)
     if source is not None and not _has_accumulator(layer, source):
@@ -266,7 +314,12 @@ def emit_layer(layer: QLayer, source: Quantizer | None, rank: int) -> nn.Module:
 def _has_accumulator(layer: QLayer, source: Quantizer) -> bool:
     """Whether the sums of each output channel have one scale, at which a bias can be codes."""
     weight = layer.weight_quantizer
-    if weight.spec.kind != "int" or source.spec.kind != "int" or source.scale.numel() != 1:
+    if (
+        weight.spec.kind != "int"
+        or weight.spec.split
+        or source.spec.kind != "int"
+        or source.scale.numel() != 1
+    ):
         return False
     where = weight.spec.granularity
     if isinstance(where, PerTensor):

@@ -24,11 +24,13 @@ from lowbit.export.qdq.emitters import (
     Clamped,
     EmitGlobalAveragePool,
     EmitQuantizer,
+    EmitSign,
+    accumulator_step,
     emit_layer,
 )
 from lowbit.files import atomic_path
 from lowbit.graph.match import input_quantizer, is_global_pool, source_of
-from lowbit.graph.ops import clamp_bounds, is_tensor, kind_of, module_of
+from lowbit.graph.ops import clamp_bounds, is_tensor, kind_of, label, module_of
 from lowbit.graph.rewrite import clone, finish, insert_after
 from lowbit.graph.trace import Inputs
 from lowbit.model import QuantizedModel
@@ -69,11 +71,12 @@ def _emit(gm: fx.GraphModule) -> None:
             quantizer = module_of(node)
             assert isinstance(quantizer, Quantizer)
             if quantizer.mode == "quantize":
-                swaps.append((node, EmitQuantizer(quantizer, str(node.target))))
+                swaps += _emit_quantizer(node, quantizer, sources)
         elif kind_of(node) == "layer" and isinstance(module_of(node), QLayer):
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            swaps.append((node, emit_layer(module_of(node), sources[node], source.meta["value"].ndim)))
+            rank, name = source.meta["value"].ndim, str(node.meta["name"])
+            swaps.append((node, emit_layer(module_of(node), sources[node], rank, name)))
         elif is_global_pool(node):
             swaps.append((node, EmitGlobalAveragePool()))
         elif kind_of(node) == "clamp" and _is_free(node):
@@ -90,6 +93,22 @@ def _emit(gm: fx.GraphModule) -> None:
     _emit_hidden(gm)
 
 
+def _emit_quantizer(
+    node: fx.Node, quantizer: Quantizer, sources: dict[fx.Node, Quantizer | None]
+) -> list[tuple[fx.Node, nn.Module]]:
+    """The emitter of a quantizer; behind a layer a sign makes its clamp superfluous."""
+    name, source = str(node.target), node.args[0]
+    assert isinstance(source, fx.Node)
+    if not quantizer.spec.is_binary:
+        return [(node, EmitQuantizer(quantizer, name))]
+    clamps: list[tuple[fx.Node, nn.Module]] = []
+    while kind_of(source) == "clamp" and len(source.users) == 1:
+        clamps.append((source, nn.Identity()))
+        source = source.args[0]
+    step = accumulator_step(module_of(source), sources[source]) if source in sources else None
+    return [*clamps, (node, EmitSign(quantizer, name, step))]
+
+
 def _requantize_moved_values(gm: fx.GraphModule) -> None:
     """Integer kernels want codes on both sides: repeat the quantizer behind operations that move values."""
     for node in list(gm.graph.nodes):
@@ -97,6 +116,8 @@ def _requantize_moved_values(gm: fx.GraphModule) -> None:
             continue
         quantizer = module_of(source_of(node))
         assert isinstance(quantizer, Quantizer)
+        if quantizer.spec.is_binary and label(node).lower() in ("pad", "zeropad2d"):
+            continue  # the zeros are no signs
         if quantizer.spec.kind == "int" and quantizer.scale.numel() == 1 and quantizer.mode == "quantize":
             again = Quantizer(quantizer.spec)
             rank = [1] * node.meta["value"].ndim
@@ -133,7 +154,8 @@ def _emit_hidden(gm: fx.GraphModule) -> None:
                 if quantizer is not None and quantizer.mode == "quantize":
                     setattr(bound, side, EmitQuantizer(quantizer, f"{path}.{side}"))
             if isinstance(bound.layer, QLayer):
-                bound.layer = emit_layer(bound.layer, source, 2 if isinstance(bound.layer, nn.Linear) else 4)
+                rank = 2 if isinstance(bound.layer, nn.Linear) else 4
+                bound.layer = emit_layer(bound.layer, source, rank, path)
 
 
 def _write(module: nn.Module, example: Inputs, path: Path) -> Path:
