@@ -10,9 +10,11 @@ import pytest
 import torch
 from deployables import DEPLOYABLES, build
 from torch import nn
+from torch.nn import functional as F
 
 import lowbit
-from lowbit import INT4, INT8, UINT8, PerGroup, PerTensor, QuantSpec, Recipe, Rule, runtime
+from lowbit import INT4, INT8, UINT8, LowbitError, PerGroup, PerTensor, QuantSpec, Recipe, Rule, runtime
+from lowbit.core.spec import TERNARY
 from lowbit.graph.inputs import Inputs
 from lowbit.reference import run_on_codes
 from lowbit.verify import Parity
@@ -59,6 +61,69 @@ RECIPES = {
 def test_integer_recipes_are_exact(name: str, label: str, tmp_path: Path) -> None:
     parity = deploy(name, Recipe(rules=(RECIPES[label],)), tmp_path)
     assert parity.exact, str(parity)
+
+
+class Signs(nn.Module):
+    """Signs behind Hardtanh, through pooling and zero padding, into a sum, and of what a ReLU made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3),
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.d, self.e = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.hardtanh(self.norms[0](self.a(x)))
+        y = F.max_pool2d(F.hardtanh(self.norms[1](self.b(y))), 2)
+        y = y + F.relu(self.norms[2](self.c(F.pad(y, (1, 1, 1, 1)))))
+        return self.e(F.hardtanh(self.d(y.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("recipe", ["w1a1", "w1a8", "ternarya4", "b1.58"])
+def test_binary_and_ternary_networks_are_exact(recipe: str, tmp_path: Path) -> None:
+    model, data = Signs(), torch.randn(16, 3, 8, 8)
+    model(data)
+    q = lowbit.prepare(model.eval(), recipe, data)
+    lowbit.calibrate(q, data)
+    lowbit.Trainer(q, [(data, torch.randint(0, 4, (16,)))] * 3).fit()
+    f = lowbit.freeze(q)
+    parity = lowbit.verify(f, lowbit.export.onnx(f, tmp_path / "m.onnx"), data)
+    assert parity.exact, str(parity)
+    assert sum(layer.codes for layer in parity.layers) > 5000
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 40), (131, 7), (5, 3)])
+@pytest.mark.parametrize("recipe", ["w1", "ternary"])
+def test_two_bits_a_weight(recipe: str, inputs: int, outputs: int, bias: bool, tmp_path: Path) -> None:
+    """The oracle is the layer itself; rounding inputs to 8 bits is the runtime's, and its size is said."""
+    model = nn.Sequential(
+        nn.Linear(4, inputs), nn.Tanh(), nn.Linear(inputs, outputs, bias), nn.Linear(outputs, 3)
+    )
+    data = torch.randn(6, 4)
+    q = lowbit.quantize(model, recipe, data)
+    path = lowbit.export.onnx(q, tmp_path / "m.onnx")
+    (node,) = (n for n in onnx.load(str(path)).graph.node if n.op_type == "MatMulNBits")
+    attributes = {a.name: a.i for a in node.attribute}
+    assert attributes == {"K": inputs, "N": outputs, "bits": 2, "block_size": 128, "accuracy_level": 4}
+    parity = lowbit.verify(q, path, data)
+    assert parity.ok
+    assert parity.output_max <= 1e-4 * parity.output_peak
+    assert parity.rounded_products == 1
+    assert 0 < parity.rounded_output_max <= 0.03 * parity.output_peak
+    assert "in 1 products of two bits a weight the runtime rounds the inputs to 8 bits" in str(parity)
+
+
+def test_a_scale_for_each_sign_has_no_file(tmp_path: Path) -> None:
+    rule = Rule(weight=replace(TERNARY, split=True), weight_observer="ttq")
+    q = lowbit.quantize(nn.Linear(4, 3), Recipe(rules=(rule,)), example_inputs=torch.randn(2, 4))
+    with pytest.raises(LowbitError, match="ONNX has no codes with a scale for each sign"):
+        lowbit.export.onnx(q, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
 
 
 FLOAT_KERNELS = {

@@ -61,6 +61,10 @@ class Parity:
     top1_agreement: float | None
     # what it takes to run the file like this on such a processor; "" where nothing
     advice: str = ""
+    # products with two bits a weight, whose inputs the runtime rounds to 8 bits; all figures above are
+    # without that rounding. And the largest difference of the output that it makes
+    rounded_products: int = 0
+    rounded_output_max: float = 0.0
 
     @property
     def exact(self) -> bool:
@@ -97,12 +101,23 @@ class Parity:
         )
         if self.top1_agreement is not None:
             text += f", top-1 agreement with the simulation {_percent(self.top1_agreement)}"
-        return "\n".join(filter(None, (text, self.advice)))
+        rounded = (
+            f"in {self.rounded_products} products of two bits a weight the runtime rounds the inputs to 8 "
+            f"bits: that moves the output by {self.rounded_output_max:.2g} at most, "
+            f"{_percent_of(self)} of its peak"
+            if self.rounded_products
+            else ""
+        )
+        return "\n".join(filter(None, (text, rounded, self.advice)))
 
 
 def _percent(share: float) -> str:
     """Never rounded up to 100."""
     return "100 %" if share == 1.0 else f"{np.floor(share * 1e6) / 1e4:.4f} %"
+
+
+def _percent_of(parity: Parity) -> str:
+    return f"{100 * parity.rounded_output_max / parity.output_peak:.1f} %" if parity.output_peak else "all"
 
 
 @dataclass
@@ -135,6 +150,19 @@ class _Tallies:
     samples: int = 0
     agree: int = 0
     classes: bool = True
+    # between the file with and without the rounding of inputs to 8 bits
+    rounding: float = 0.0
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that is run: a session with the codes as extra outputs, and the names of these by quantizer."""
+
+    session: Any
+    names: dict[str, str]
+    # products whose inputs the runtime rounds to 8 bits, and a session that does; `session` does not
+    rounded: int
+    as_deployed: Any
 
 
 def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | None = None) -> Parity:
@@ -152,10 +180,9 @@ def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | No
         LowbitError: the file does not exist, is no ONNX file, or was not exported from this model.
     """
     expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, ...)")
-    session, names = _open(Path(path), q)
-    tallies = _Tallies()
+    file, tallies = _open(Path(path), q), _Tallies()
     for inputs in track(batches(data, num_batches), "verifying"):
-        _compare(q, session, names, inputs, tallies)
+        _compare(q, file, inputs, tallies)
     if not tallies.samples:
         raise LowbitError("there is no data to verify with; pass at least one batch")
     shown = {
@@ -184,12 +211,13 @@ def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | No
         out.simulation_worst,
         agreement,
         advice=runtime.advice(),
+        rounded_products=file.rounded,
+        rounded_output_max=tallies.rounding,
     )
 
 
-def _compare(
-    q: QuantizedModel, session: Any, names: dict[str, str], inputs: Inputs, tallies: _Tallies
-) -> None:
+def _compare(q: QuantizedModel, file: _File, inputs: Inputs, tallies: _Tallies) -> None:
+    session, names = file.session, file.names
     bound = bind_inputs(q.graph, inputs)
     fed = [i.name for i in session.get_inputs()]
     values = [v for v in bound.values() if isinstance(v, Tensor)]
@@ -217,7 +245,11 @@ def _compare(
         if name in names:
             codes_found = torch.from_numpy(found[names[name]].astype(np.int32)) - SIGN_ZERO * (name in signs)
             tallies.layers.setdefault(name, _Tally()).add(codes_found, codes, simulation[name])
-    results = [torch.from_numpy(found[o]) for o in outputs if o not in names.values()]
+    own = [o for o in outputs if o not in names.values()]
+    results = [torch.from_numpy(found[o]) for o in own]
+    if file.rounded:
+        for o, deployed in zip(own, file.as_deployed.run(own, feed), strict=True):
+            tallies.rounding = max(tallies.rounding, float(np.abs(deployed - found[o]).max(initial=0.0)))
     for result, want, simulated_one in zip(results, expected, simulated, strict=True):
         tallies.output.add(result, want, simulated_one)
     _count_classes(results, simulated, tallies)
@@ -259,8 +291,7 @@ class _simulated_codes:  # noqa: N801  (a context manager, read as a verb)
             hook.remove()
 
 
-def _open(path: Path, q: QuantizedModel) -> tuple[Any, dict[str, str]]:
-    """A session on the file with the codes of its quantizers as extra outputs; their names by quantizer."""
+def _open(path: Path, q: QuantizedModel) -> _File:
     import onnx
 
     from lowbit.export.qdq import CODES
@@ -288,7 +319,21 @@ def _open(path: Path, q: QuantizedModel) -> tuple[Any, dict[str, str]]:
     for name in own:
         if name in names:
             proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(names[name]))
+    as_deployed = runtime.session(path)
+    rounded = _forbid_rounding(proto)
     # unasked, the runtime rounds the activations of a linear layer to 8 bits where only its weight is
     # quantized
     opened = runtime.session(proto.SerializeToString(), qdq_matmulnbits_accuracy_level="0")
-    return opened, {name: names[name] for name in own if name in names}
+    return _File(opened, {name: names[name] for name in own if name in names}, rounded, as_deployed)
+
+
+def _forbid_rounding(proto: Any) -> int:
+    """Ask for float inputs in products of two bits a weight, in place; returns how many there are."""
+    from lowbit.export.qdq import LEVEL, PRODUCT
+
+    found = [node for node in proto.graph.node if node.op_type == PRODUCT.rpartition(":")[2]]
+    for node in found:
+        for attribute in node.attribute:
+            if attribute.name == LEVEL[0]:
+                attribute.i = 0
+    return len(found)

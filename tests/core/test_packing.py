@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lowbit import LowbitError, QuantSpec
 from lowbit.core import packing
-from lowbit.core.packing import pack, pack_codes, unpack, unpack_codes
+from lowbit.core.packing import pack, pack_codes, pack_trits, unpack, unpack_codes, unpack_trits
 
 widths = pytest.mark.parametrize("bits", range(1, 9))
 signs = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
@@ -129,3 +129,23 @@ def test_what_cannot_be_packed(codes: torch.Tensor, bits: int, message: str) -> 
 def test_streams_that_are_refused(packed: torch.Tensor, bits: int, message: str) -> None:
     with pytest.raises(LowbitError, match=message):
         unpack(packed, bits, (10,), signed=True)
+
+
+@given(st.lists(st.sampled_from([-1, 0, 1]), max_size=60))
+def test_five_ternary_codes_to_a_byte(values: list[int]) -> None:
+    codes = torch.tensor(values, dtype=torch.int8)
+    packed = pack_trits(codes)
+    assert packed.numel() == math.ceil(len(values) / 5)
+    assert torch.equal(unpack_trits(packed, (len(values),)), codes)
+    assert [
+        sum((v + 1) * 3**i for i, v in enumerate(values[k : k + 5])) for k in range(0, len(values), 5)
+    ] == (packed.tolist())
+
+
+def test_what_is_not_base_3() -> None:
+    with pytest.raises(LowbitError, match="codes from -2 to 1 are not ternary; pack them in bits"):
+        pack_trits(torch.tensor([-2, 1], dtype=torch.int8))
+    with pytest.raises(LowbitError, match=r"2 bytes of torch\.uint8 cannot hold 5 ternary codes; 1 bytes"):
+        unpack_trits(torch.zeros(2, dtype=torch.uint8), (5,))
+    with pytest.raises(LowbitError, match="byte 243 stands for no five ternary codes"):
+        unpack_trits(torch.tensor([243], dtype=torch.uint8), (5,))

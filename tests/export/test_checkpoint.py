@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import FP16, INT4, INT8, UINT8, LowbitError, PerGroup, PerTensor, QuantSpec, Recipe, Rule, sealed
 from lowbit.core.qtensor import QTensor
+from lowbit.core.spec import BINARY, TERNARY
 from lowbit.export import checkpoint
 from lowbit.export.checkpoint import load, save
 from lowbit.model import QuantizedModel
@@ -164,6 +165,9 @@ SPECS = {
     "int5/pow2": QuantSpec(bits=5, scale="pow2"),
     "int4/narrow": QuantSpec(bits=4, narrow=True),
     "fp16": FP16,
+    "binary": BINARY,
+    "ternary": TERNARY,
+    "ternary/split": replace(TERNARY, split=True),
 }
 
 
@@ -177,6 +181,20 @@ def test_every_width_of_code_survives(spec: QuantSpec, tmp_path: Path) -> None:
     assert torch.equal(a.codes, b.codes)
     assert torch.equal(a.dequantize(), b.dequantize())
     assert a.spec == b.spec == spec
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_ternary_codes_five_to_a_byte(split: bool, tmp_path: Path) -> None:
+    rule = Rule(weight=replace(TERNARY, split=split))
+    q = lowbit.prepare(nn.Linear(7, 9), Recipe(rules=(rule,)), torch.randn(2, 7))
+    lowbit.freeze(lowbit.calibrate(q, []))
+    sizes = {}
+    for base3 in (False, True):
+        path = save(q, tmp_path / "m.safetensors", base3=base3)
+        (sizes[base3],) = (t.numel() for n, t in load_file(path).items() if n.endswith("weight_codes"))
+        x = torch.randn(4, 7)
+        assert torch.equal(load(path, nn.Linear(7, 9))(x), q(x))
+    assert sizes == {False: 16, True: 13}, "63 codes of 2 bits, or of 1.6"
 
 
 @given(bits=st.integers(2, 8), inputs=st.integers(1, 20), outputs=st.integers(1, 20))

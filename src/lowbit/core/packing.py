@@ -2,7 +2,7 @@
 
 Code i occupies the bits [i * bits, (i + 1) * bits) of the stream, least significant bit first; the last byte
 is padded with zeros. Signed codes are stored in two's complement; of an odd code c it is (c - 1) / 2 that
-is stored.
+is stored. Ternary codes may also be packed in base 3, five to a byte: 1.6 bits each instead of 2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 
-__all__ = ["pack", "pack_codes", "unpack", "unpack_codes"]
+__all__ = ["pack", "pack_codes", "pack_trits", "unpack", "unpack_codes", "unpack_trits"]
 
 _CHUNK = 1 << 20  # codes handled at a time, a multiple of 8; bounds the memory of their single bits
 
@@ -30,6 +30,43 @@ def unpack_codes(packed: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Ten
     """Inverse of `pack_codes`, in the given shape."""
     codes = unpack(packed, spec.bits, shape, signed=spec.signed)
     return codes * 2 + 1 if spec.mid_rise else codes
+
+
+_POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
+
+
+def pack_trits(codes: Tensor) -> Tensor:
+    """Flatten int8 codes -1, 0 and 1 into a uint8 tensor of ceil(n / 5) bytes: sum of (code + 1) 3^i.
+
+    Raises:
+        LowbitError: another code.
+    """
+    flat = codes.detach().cpu().reshape(-1).to(torch.int16).numpy()
+    if flat.size and not -1 <= flat.min() <= flat.max() <= 1:
+        raise LowbitError(f"codes from {flat.min()} to {flat.max()} are not ternary; pack them in bits")
+    digits = np.zeros((math.ceil(flat.size / 5), 5), np.uint8)
+    digits.reshape(-1)[: flat.size] = flat + 1
+    return torch.from_numpy((digits * _POWERS).sum(axis=1, dtype=np.uint8))
+
+
+def unpack_trits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `pack_trits`, int8 in the given shape.
+
+    Raises:
+        LowbitError: the stream is not exactly as long as the shape asks, or a byte stands for no five codes.
+    """
+    count = math.prod(shape)
+    need = math.ceil(count / 5)
+    if packed.dtype != torch.uint8 or packed.numel() != need:
+        raise LowbitError(
+            f"{packed.numel()} bytes of {packed.dtype} cannot hold {count} ternary codes; {need} bytes of "
+            "torch.uint8 are needed"
+        )
+    stream = packed.detach().cpu().reshape(-1, 1).numpy()
+    if stream.size and stream.max() >= 243:
+        raise LowbitError(f"byte {stream.max()} stands for no five ternary codes; the stream is damaged")
+    digits = (stream // _POWERS % 3).astype(np.int8) - 1
+    return torch.from_numpy(digits.reshape(-1)[:count].copy()).reshape(shape)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

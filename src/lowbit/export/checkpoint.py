@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.core.packing import pack_codes, unpack_codes
+from lowbit.core.packing import pack_codes, pack_trits, unpack_codes, unpack_trits
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError, expect
 from lowbit.graph.inputs import Inputs, Note
@@ -47,15 +47,20 @@ class Record:
     quantizers: dict[str, tuple[QuantSpec, str]]
     # shape of each tensor of codes by the path of its layer
     codes: dict[str, tuple[int, ...]]
+    # whether ternary codes are packed five to a byte
+    base3: bool
     notes: list[Note]
     steps: list[Step]
 
 
-def save(q: QuantizedModel, path: str | Path) -> Path:
+def save(q: QuantizedModel, path: str | Path, *, base3: bool = False) -> Path:
     """Write a frozen model; a file that is there already is replaced only when the new one is complete.
 
     Codes of 1 to 8 bits are packed, wider ones are int16 or int32, fp16 is float16; a shared layer is stored
     once.
+
+    Args:
+        base3: pack ternary codes five to a byte, 1.6 bits each, instead of in 2 bits.
 
     Returns:
         The path.
@@ -67,7 +72,7 @@ def save(q: QuantizedModel, path: str | Path) -> Path:
     expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, ...)")
     _check_finished(q)
     path = Path(path)
-    write_sealed(path, dict(_tensors_of(q.graph)), _metadata_of(q), VERSION)
+    write_sealed(path, dict(_tensors_of(q.graph, base3)), {**_metadata_of(q), "base3": base3}, VERSION)
     return path
 
 
@@ -116,10 +121,10 @@ def _check_finished(q: QuantizedModel) -> None:
             raise LowbitError(f"'{path}' has no scale yet; call lowbit.calibrate(q, data) before save")
 
 
-def _tensors_of(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
+def _tensors_of(gm: fx.GraphModule, base3: bool) -> Iterator[tuple[str, Tensor]]:
     """Everything that `load` needs, each tensor once, under its path in the graph."""
     for path, layer in _layers(gm):
-        yield _codes_name(path), _packed(layer)
+        yield _codes_name(path), _packed(layer, base3)
     for path, quantizer in _quantizers(gm):
         for name in TRAINED:
             value = getattr(quantizer, name)
@@ -131,8 +136,10 @@ def _tensors_of(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
             yield name, _plain_tensor(value)
 
 
-def _packed(layer: QLayer) -> Tensor:
+def _packed(layer: QLayer, base3: bool) -> Tensor:
     q = layer.qweight()
+    if base3 and q.spec.is_ternary:
+        return pack_trits(q.codes)
     return pack_codes(q.codes, q.spec) if _is_packed(q.spec) else _plain_tensor(q.codes)
 
 
@@ -193,6 +200,7 @@ def _record_of(metadata: dict[str, Any]) -> Record:
         structure=[Part(*part) for part in _unsqueeze(metadata["structure"])],
         quantizers={path: (specs[index], mode) for path, (index, mode) in metadata["quantizers"].items()},
         codes={path: tuple(shape) for path, shape in metadata["codes"].items()},
+        base3=bool(metadata.get("base3", False)),
         notes=[Note(**note) for note in metadata["notes"]],
         steps=[Step(**step) for step in metadata["steps"]],
     )
@@ -237,7 +245,7 @@ def _fill(gm: fx.GraphModule, record: Record, tensors: dict[str, Tensor]) -> Non
     for path, quantizer in quantizers.items():
         names -= _fill_quantizer(path, quantizer, *record.quantizers[path], tensors)
     for path, layer in layers.items():
-        names -= _fill_layer(path, layer, record.codes[path], tensors)
+        names -= _fill_layer(path, layer, record, tensors)
     names -= _fill_rest(gm, tensors)
     if names:
         raise LowbitError(f"the model has no place for tensor '{min(names)}'")
@@ -256,15 +264,19 @@ def _fill_quantizer(
     return {f"{path}.{name}" for name in TRAINED}
 
 
-def _fill_layer(path: str, layer: QLayer, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> set[str]:
+def _fill_layer(path: str, layer: QLayer, record: Record, tensors: dict[str, Tensor]) -> set[str]:
     """Codes, and the bias where a correction has added one."""
-    name, spec = _codes_name(path), layer.weight_quantizer.spec
+    name, spec, shape = _codes_name(path), layer.weight_quantizer.spec, record.codes[path]
     if tuple(layer.weight.shape) != shape:
         raise _other_shape(f"{path}.weight", shape, layer.weight)
     if name not in tensors:
         raise _missing(name)
     codes = tensors[name]
-    layer.freeze(unpack_codes(codes, spec, shape) if _is_packed(spec) else codes)
+    if record.base3 and spec.is_ternary:
+        codes = unpack_trits(codes, shape)
+    elif _is_packed(spec):
+        codes = unpack_codes(codes, spec, shape)
+    layer.freeze(codes)
     layer.qweight()  # checks the shapes of codes, scale and zero point against each other
     bias = f"{path}.bias"
     if getattr(layer, "bias", None) is None and bias in tensors:

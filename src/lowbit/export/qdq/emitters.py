@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lowbit.core.integer import bias_codes
 from lowbit.core.spec import PerChannel, PerGroup, PerTensor, QuantSpec, expand_to
 from lowbit.errors import LowbitError
+from lowbit.export.qdq.two_bits import EmitTwoBits, takes_two_bits
 from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QEmbedding, QLayer, QLinear
 from lowbit.nn.quantizer import Quantizer
 
@@ -305,6 +306,9 @@ def emit_layer(layer: QLayer, source: Quantizer | None, rank: int, name: str) ->
         return _EmitEmbedding(layer)
     if source is not None and not _has_accumulator(layer, source):
         source = None
+    if source is None and takes_two_bits(layer):
+        assert isinstance(layer, QLinear)
+        return EmitTwoBits(layer)
     emitter = _EmitLayer(layer, source, rank)
     if isinstance(layer, (QConv1d, QConv2d)):
         emitter.geometry["reversed_padding"] = layer._reversed_padding_repeated_twice
