@@ -1,18 +1,19 @@
 """Products of binary and ternary weights with packed activations and with floats.
 
-Weights are -1 and 1, or -1, 0 and 1. Activations are signs (-1 where x < 0 or x is NaN, else 1), codes of one to
-eight bits, or floats. With b the bits of an activation and n and p those where a weight is -1 and 1, one count
-serves every pair: for codes of one bit, sum w b = popcount(b ? p : n) - popcount(n); a sign is 2 b - 1; a code of
-more bits is a sum of such products (Rastegari et al., "XNOR-Net", 2016; Zhou et al., "DoReFa-Net", 2016).
+Weights are -1 and 1, or -1, 0 and 1. Activations are signs (-1 where x < 0 or x is NaN, else 1), codes of one
+to eight bits, or floats. With b the bits of an activation and n and p those where a weight is -1 and 1, one
+count serves every pair: for codes of one bit, sum w b = popcount(b ? p : n) - popcount(n); a sign is 2 b - 1;
+a code of more bits is a sum of such products (Rastegari et al., "XNOR-Net", 2016; Zhou et al., "DoReFa-Net",
+2016).
 
     w = bits.pack_weight(codes)                            # once
     x = bits.pack_signs(activations)                       # every time
     y = bits.linear(x, w, bits.Affine(scale=s, bias=b))    # float32; without an end int32, the sums
 
-Integer sums are exact. Sums of floats have one order, whatever the processor: blocks of 32 products, tap by tap and
-then channel by channel, each block added up from its first to its last, and then the blocks. A weight of 0 leaves
-its activation out, even where that is not finite. Inference only: there is no derivative. Without a compiled
-library PyTorch computes the same numbers, slowly.
+Integer sums are exact. Sums of floats have one order, whatever the processor: blocks of 32 products, tap by
+tap and then channel by channel, each block added up from its first to its last, and then the blocks. A weight
+of 0 leaves its activation out, even where that is not finite. Inference only: there is no derivative. Without
+a compiled library PyTorch computes the same numbers, slowly.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def pack_weight(codes: Tensor, *, groups: int = 1, floats: bool = False) -> Pack
     """Weights for this processor, once.
 
     Args:
-        codes: -1, 0 and 1 in any type, [out, in] or [out, in / groups, kernel height, kernel width]. Without a
-            0 they are binary and take 1 bit, else 2.
+        codes: -1, 0 and 1 in any type, [out, in] or [out, in / groups, kernel height, kernel width].
+            Without a 0 they are binary and take 1 bit, else 2.
         groups: as in a convolution.
         floats: for activations in float32 rather than packed ones.
 
@@ -160,15 +161,21 @@ def _product(
     pad_code: int,
 ) -> Tensor:
     """[pixels, outputs], or [pixels, words] at a threshold."""
-    words, factors = x.words.contiguous(), torch.tensor(x.factors, dtype=torch.int32)
+    words, factors = x.words.contiguous(), (ctypes.c_int32 * x.bits)(*x.factors)
     geometry = _geometry(8 * words.shape[-1], w, window, size, x.bits)
     epilogue, to = _epilogue(end, w.shape[0], size[0] * geometry.out_height * geometry.out_width)
     base = -w.nonzero if x.kind == "sign" else w.negative * -sum(x.factors)
-    fill = _fill(x, pad_code)
-    epilogue.base, epilogue.factors = base.data_ptr(), factors.data_ptr()
-    epilogue.taps = w.tap_sums.data_ptr() if x.kind == "sign" and any(window.padding) else None
+    fill = _fill(x, pad_code) if any(window.padding) else None
+    epilogue.base, epilogue.factors = base.data_ptr(), ctypes.addressof(factors)
+    epilogue.taps = w.tap_sums.data_ptr() if x.kind == "sign" and fill is not None else None
     lib.product(
-        *(ctypes.byref(geometry), words.data_ptr(), fill.data_ptr(), w.panels.data_ptr(), w.ternary),
+        *(
+            ctypes.byref(geometry),
+            words.data_ptr(),
+            None if fill is None else fill.data_ptr(),
+            w.panels.data_ptr(),
+            w.ternary,
+        ),
         *(ctypes.byref(epilogue), torch.get_num_threads(), lib.path),
     )
     return to
@@ -235,8 +242,8 @@ def linear(x: PackedInput | Tensor, w: PackedWeight, end: End | None = None) -> 
     Args:
         x: packed activations, or float32 [..., in] for weights packed with floats=True.
         w: packed [out, in].
-        end: none gives the sums, int32 or, from floats, float32; `Affine` gives float32, `Threshold` the packed
-            activations of the next layer.
+        end: none gives the sums, int32 or, from floats, float32; `Affine` gives float32, `Threshold` the
+            packed activations of the next layer, in one group.
 
     Returns:
         [..., out].
@@ -311,8 +318,8 @@ def conv2d(
     shape = channels_last(x).shape if isinstance(x, Tensor) else x.words.shape
     if len(w.shape) != 4 or len(shape) != 4:
         raise LowbitError(
-            f"weights of shape {w.shape} and activations of {len(shape)} axes meet in a convolution; use linear, "
-            "or images [N, C, H, W]"
+            f"weights of shape {w.shape} and activations of {len(shape)} axes meet in a convolution; use "
+            "linear, or images [N, C, H, W]"
         )
     _check_pad_code(x, pad_code)
     window = Window.of(w.kernel, stride, padding, dilation)
@@ -325,7 +332,7 @@ def _check_pad_code(x: PackedInput | Tensor, pad_code: int) -> None:
     if isinstance(x, Tensor) or x.kind == "sign":
         if pad_code:
             raise LowbitError(
-                f"pad_code {pad_code} for signs or floats, which are padded with 0; leave it out"
+                f"pad_code {pad_code} of signs or floats, which are padded with 0; leave it out"
             )
         return
     least = -x.largest if x.kind == "signed" else 0

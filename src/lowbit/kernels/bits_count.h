@@ -19,21 +19,21 @@ static void count_panel(const uint64_t *const *a, int64_t words, const uint64_t 
         for (auto &row : counts)
             for (Vec::Count &count : row) count = Vec::no_count();
         for (; k < stop; ++k, w += STEP) {
-            for (int v = 0; v < V; ++v) {
+            LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
                 const Vec::U negative = Vec::load(w + v * Vec::LANES);
                 const Vec::U positive = TERNARY ? Vec::load(w + PANEL + v * Vec::LANES) : negative;
-                for (int r = 0; r < R; ++r) {
+                LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
                     const Vec::U x = Vec::set(a[r][k]);
                     const Vec::U match = TERNARY ? Vec::choose(x, positive, negative) : Vec::differ(x, negative);
                     counts[r][v] = Vec::count(counts[r][v], match);
                 }
             }
         }
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) sums[r][v] = Vec::widen(sums[r][v], counts[r][v]);
+        LOWBIT_UNROLL for (int r = 0; r < R; ++r)
+            LOWBIT_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = Vec::widen(sums[r][v], counts[r][v]);
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) Vec::store_sum(to + r * CHUNK + v * Vec::LANES, sums[r][v]);
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r)
+        LOWBIT_UNROLL for (int v = 0; v < V; ++v) Vec::store_sum(to + r * CHUNK + v * Vec::LANES, sums[r][v]);
 }
 
 template <bool TERNARY>

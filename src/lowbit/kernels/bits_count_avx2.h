@@ -31,8 +31,10 @@ constexpr Tables make_tables() {
 
 constexpr Tables TABLES = make_tables();
 
-// Words whose counts fit a byte, 8 for each of their bytes, and then 16 bits.
-constexpr int64_t BYTE_BLOCK = 3, SHORT_BLOCK = 1023;
+// Bytes of an activation whose counts fit 8 bits, and then 16.
+constexpr int64_t BYTE_BLOCK = 31, SHORT_BLOCK = 65535 / 8;
+
+constexpr int AHEAD = 2048;
 
 // Adds the matches of one byte of R rows with one plane of V panels.
 template <int R, int V, bool INVERT>
@@ -40,17 +42,19 @@ static inline void count_byte(const uint8_t *const *a, int64_t at, const uint8_t
                               int64_t panel, __m256i (&counts)[R][V]) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i low[V], high[V];
-    for (int v = 0; v < V; ++v) {
+    LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
+        // one row reads more weights than it computes with: it waits for memory unless that is told ahead
+        if (R == 1) _mm_prefetch(reinterpret_cast<const char *>(w + v * panel) + AHEAD, _MM_HINT_T0);
         const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(w + v * panel));
         low[v] = _mm256_and_si256(both, nibble);
         high[v] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
     }
-    for (int r = 0; r < R; ++r) {
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
         const uint8_t x = INVERT ? static_cast<uint8_t>(~a[r][at]) : a[r][at];
         const __m128i *answers = reinterpret_cast<const __m128i *>(table[x]);
         const __m256i to_low = _mm256_broadcastsi128_si256(_mm_load_si128(answers));
         const __m256i to_high = _mm256_broadcastsi128_si256(_mm_load_si128(answers + 1));
-        for (int v = 0; v < V; ++v) {
+        LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
             counts[r][v] = _mm256_add_epi8(counts[r][v], _mm256_shuffle_epi8(to_low, low[v]));
             counts[r][v] = _mm256_add_epi8(counts[r][v], _mm256_shuffle_epi8(to_high, high[v]));
         }
@@ -75,42 +79,53 @@ static inline void add_to(uint32_t *to, const __m256i (&sums)[2]) {
     }
 }
 
+// Counts bytes [k, stop) of R rows, few enough to fit a byte. On its own, so that all counts stay in registers.
+template <int R, int V, bool TERNARY>
+LOWBIT_APART static void count_bytes(const uint8_t *const *rows, int64_t k, int64_t stop, const uint8_t *w,
+                                     int64_t panel, __m256i (&to)[R][V]) {
+    const uint8_t *a[R];
+    __m256i counts[R][V];
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
+        a[r] = rows[r];
+        LOWBIT_UNROLL for (int v = 0; v < V; ++v) counts[r][v] = _mm256_setzero_si256();
+    }
+    for (; k < stop; ++k, w += TERNARY ? 2 * PANEL : PANEL) {
+        count_byte<R, V, TERNARY>(a, k, TERNARY ? TABLES.both : TABLES.differ, w, panel, counts);
+        if (TERNARY) count_byte<R, V, false>(a, k, TABLES.both, w + PANEL, panel, counts);
+    }
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r)
+        LOWBIT_UNROLL for (int v = 0; v < V; ++v) to[r][v] = counts[r][v];
+}
+
 // Adds to to[r][0..32 V) for the R rows of `a`, bytes [begin, end) of each; rows of `to` are CHUNK apart.
 template <int R, int V, bool TERNARY>
 static void count_block(const uint8_t *const *a, int64_t begin, int64_t end, const uint8_t *w, int64_t panel,
                         uint32_t *to) {
-    constexpr int STEP = TERNARY ? 2 * PANEL : PANEL;
     __m256i sums[R][V][2];
     for (auto &row : sums)
         for (auto &sum : row) sum[0] = sum[1] = _mm256_setzero_si256();
-    w += begin * STEP;
-    for (int64_t k = begin; k < end;) {
-        const int64_t stop = k + 8 * BYTE_BLOCK < end ? k + 8 * BYTE_BLOCK : end;
+    for (int64_t k = begin; k < end; k += BYTE_BLOCK) {
         __m256i counts[R][V];
-        for (auto &row : counts)
-            for (__m256i &count : row) count = _mm256_setzero_si256();
-        for (; k < stop; ++k, w += STEP) {
-            count_byte<R, V, TERNARY>(a, k, TERNARY ? TABLES.both : TABLES.differ, w, panel, counts);
-            if (TERNARY) count_byte<R, V, false>(a, k, TABLES.both, w + PANEL, panel, counts);
-        }
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) widen(counts[r][v], sums[r][v]);
+        const int64_t stop = k + BYTE_BLOCK < end ? k + BYTE_BLOCK : end;
+        count_bytes<R, V, TERNARY>(a, k, stop, w + k * (TERNARY ? 2 * PANEL : PANEL), panel, counts);
+        LOWBIT_UNROLL for (int r = 0; r < R; ++r)
+            LOWBIT_UNROLL for (int v = 0; v < V; ++v) widen(counts[r][v], sums[r][v]);
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) add_to(to + r * CHUNK + v * PANEL, sums[r][v]);
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r)
+        LOWBIT_UNROLL for (int v = 0; v < V; ++v) add_to(to + r * CHUNK + v * PANEL, sums[r][v]);
 }
 
 template <int R, int V, bool TERNARY>
 static void count_rows(const uint64_t *const *a, int64_t words, const uint8_t *w, uint32_t *to) {
     const uint8_t *bytes[R];
-    for (int r = 0; r < R; ++r) {
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
         bytes[r] = reinterpret_cast<const uint8_t *>(a[r]);
         std::memset(to + r * CHUNK, 0, V * PANEL * sizeof(uint32_t));
     }
-    const int64_t panel = 8 * words * (TERNARY ? 2 * PANEL : PANEL);
-    for (int64_t k = 0; k < words; k += SHORT_BLOCK) {
-        const int64_t stop = k + SHORT_BLOCK < words ? k + SHORT_BLOCK : words;
-        count_block<R, V, TERNARY>(bytes, 8 * k, 8 * stop, w, panel, to);
+    const int64_t length = 8 * words, panel = length * (TERNARY ? 2 * PANEL : PANEL);
+    for (int64_t k = 0; k < length; k += SHORT_BLOCK) {
+        const int64_t stop = k + SHORT_BLOCK < length ? k + SHORT_BLOCK : length;
+        count_block<R, V, TERNARY>(bytes, k, stop, w, panel, to);
     }
 }
 

@@ -35,8 +35,8 @@ def _vector(t: Tensor, dtype: torch.dtype, outputs: int, what: str) -> Tensor:
     """
     if t.dtype is not dtype or t.shape != (outputs,) or t.device.type != "cpu":
         raise LowbitError(
-            f"{what} is {t.dtype} of shape {tuple(t.shape)} on '{t.device}'; give {dtype} of shape ({outputs},) "
-            "on the CPU"
+            f"{what} is {t.dtype} of shape {tuple(t.shape)} on '{t.device}'; give {dtype} of shape "
+            f"({outputs},) on the CPU"
         )
     return t.detach().contiguous()
 

@@ -1,8 +1,9 @@
 """Bits in memory: activations as 64-bit words, and weights as the panels that a kernel reads.
 
-A word holds 64 neighbouring channels of one group, channel c in bit c % 64; what is left of the last word is 0.
-A weight is kept as `negative`, the bits where it is -1, and where some are 0 also `positive`, those where it is
-1. A panel holds them for 8, 16 or 32 outputs side by side, so that a vector of the processor meets one activation.
+A word holds 64 neighbouring channels of one group, channel c in bit c % 64; what is left of the last word is
+0. A weight is kept as `negative`, the bits where it is -1, and where some are 0 also `positive`, those where
+it is 1. A panel holds them for 8, 16 or 32 outputs side by side, so that a vector of the processor meets one
+activation.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ LIMIT = 2**31
 class PackedInput:
     """Activations, one bit or a code of a few bits each.
 
-    words: int64 [..., planes * groups * words of a group], planes of a code from the lowest bit on; the leading
-    extents are those of rows of a matrix, or [N, H, W] of an image.
+    words: int64 [..., planes * groups * words of a group], planes of a code from the lowest bit on; the
+    leading extents are those of rows of a matrix, or [N, H, W] of images.
     """
 
     words: Tensor
@@ -103,7 +104,7 @@ def words_of(channels: int) -> int:
 def to_bytes(bits: Tensor) -> Tensor:
     """bool [..., 8 n] as uint8 [..., n], lowest bit first."""
     worth = 2 ** torch.arange(8, dtype=torch.uint8)
-    return (bits.unflatten(-1, (-1, 8)) * worth).sum(-1, dtype=torch.uint8)
+    return (torch.unflatten(bits, -1, (-1, 8)) * worth).sum(-1, dtype=torch.uint8)
 
 
 def to_bits(data: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def from_words(words: Tensor, channels: int) -> Tensor:
 def unpack_input(x: PackedInput) -> Tensor:
     """The codes, int32: [..., channels], and [N, C, H, W] for an image."""
     per_group = x.channels // x.groups
-    planes = x.words.unflatten(-1, (x.bits, x.groups, words_of(per_group)))
+    planes = torch.unflatten(x.words, -1, (x.bits, x.groups, words_of(per_group)))
     bits = from_words(planes, per_group).flatten(-2).int()
     factors = torch.tensor(x.factors, dtype=torch.int32)
     codes = (bits * factors[:, None]).sum(-2, dtype=torch.int32)
@@ -165,8 +166,8 @@ def pack_weight(codes: Tensor, *, groups: int = 1, unit: int) -> PackedWeight:
     """Pack weights for kernels whose panels have `unit` bytes of an output side by side.
 
     Args:
-        codes: -1, 0 and 1 in any type, [out, in] or [out, in / groups, kernel height, kernel width]. Without a
-            0 they are binary and take half the room.
+        codes: -1, 0 and 1 in any type, [out, in] or [out, in / groups, kernel height, kernel width].
+            Without a 0 they are binary and take half the room.
         groups: as in a convolution.
         unit: 8 or 1 for packed activations, 4 for floats.
 
@@ -176,7 +177,7 @@ def pack_weight(codes: Tensor, *, groups: int = 1, unit: int) -> PackedWeight:
     ordered = _checked(codes, groups)
     if unit == FLOAT_UNIT:
         # the first of 32 weights in the highest bit, from where a kernel shifts one after the other out
-        lined = padded(ordered.flatten(2), 32).unflatten(-1, (-1, 32)).flip(-1).flatten(2)
+        lined = torch.unflatten(padded(ordered.flatten(2), 32), -1, (-1, 32)).flip(-1).flatten(2)
     else:
         lined = padded(ordered, WORD).flatten(2)
     planes = [lined < 0] if bool(ordered.all()) else [lined < 0, lined > 0]
@@ -185,7 +186,7 @@ def pack_weight(codes: Tensor, *, groups: int = 1, unit: int) -> PackedWeight:
     for plane in planes:
         data = to_bytes(plane)
         data = padded(data.transpose(1, 2), lanes).transpose(1, 2)
-        panels.append(data.unflatten(1, (-1, lanes)).unflatten(3, (-1, unit)).transpose(2, 3))
+        panels.append(torch.unflatten(torch.unflatten(data, 2, (-1, unit)), 1, (-1, lanes)).transpose(2, 3))
     sums = ordered.sum(-1, dtype=torch.int32).flatten(0, 1)
     flat = ordered.flatten(2).flatten(0, 1)
     return PackedWeight(
@@ -205,8 +206,9 @@ def unpack_weight(w: PackedWeight) -> Tensor:
     # [groups, planes, panels, outputs of a panel, steps, bytes] -> [planes, groups, outputs, bits]
     bits = to_bits(w.panels.permute(3, 0, 1, 4, 2, 5).flatten(4)).flatten(2, 3)[:, :, :outputs].to(torch.int8)
     if w.unit == FLOAT_UNIT:
-        bits = bits.unflatten(-1, (-1, 32)).flip(-1).flatten(3)[..., : w.depth].unflatten(-1, (taps, -1))
+        bits = torch.unflatten(bits, -1, (-1, 32)).flip(-1).flatten(3)[..., : w.depth]
+        bits = torch.unflatten(bits, -1, (taps, -1))
     else:
-        bits = bits.unflatten(-1, (taps, -1))[..., : w.shape[1]]
+        bits = torch.unflatten(bits, -1, (taps, -1))[..., : w.shape[1]]
     codes = bits[1] - bits[0] if w.ternary else 1 - 2 * bits[0]
     return codes.movedim(-1, 2).reshape(w.shape)

@@ -50,19 +50,20 @@ static inline void put_bits(uint64_t *row, int64_t at, uint64_t bits) {
     if (beyond) row[at / 64 + 1] |= beyond;
 }
 
-// bit i = (acc[i] >= threshold[i]) != flip[i]
-static inline uint64_t compare(const int32_t *acc, const int32_t *threshold, const uint8_t *flip, int n) {
+// bit i = (sum[i] >= threshold[i]) != flip[i]
+static inline uint64_t compare(const uint32_t *sums, const int32_t *threshold, const uint8_t *flip, int n) {
     uint8_t set[CHUNK] = {};
-    for (int i = 0; i < n; ++i) set[i] = static_cast<uint8_t>(acc[i] >= threshold[i]) ^ flip[i];
+    for (int i = 0; i < n; ++i) set[i] = (static_cast<int32_t>(sums[i]) >= threshold[i]) != flip[i];
     uint64_t word = 0;
     for (int i = 0; i < CHUNK; i += 8) word |= gather_bits(set + i) << i;
     return word;
 }
 
-// Turns the counts of `n` outputs of one pixel, from number `from` on, into what is asked for. `outside` names the
-// taps of that pixel that lie in the padding.
-void finish(const Epilogue &e, const uint32_t *counts, int planes, int64_t pixel, int64_t from, int n,
-            const int32_t *outside, int64_t n_outside) {
+// Of N outputs, or of n where N is 0.
+template <int N>
+static inline void finish_some(const Epilogue &e, const uint32_t *counts, int planes, int64_t pixel, int64_t from,
+                               int n, const int32_t *outside, int64_t n_outside) {
+    if (N) n = N;
     // differences of numbers that may pass 2^31 on the way: they are taken modulo 2^32
     uint32_t sums[CHUNK];
     for (int i = 0; i < n; ++i) sums[i] = static_cast<uint32_t>(e.base[from + i]);
@@ -74,17 +75,24 @@ void finish(const Epilogue &e, const uint32_t *counts, int planes, int64_t pixel
         const int32_t *tap = e.taps + outside[t] * e.outputs + from;
         for (int i = 0; i < n; ++i) sums[i] += static_cast<uint32_t>(tap[i]);
     }
-    int32_t acc[CHUNK];
-    std::memcpy(acc, sums, static_cast<size_t>(n) * sizeof(int32_t));
     if (e.kind == INT32) {
-        std::memcpy(static_cast<int32_t *>(e.to) + pixel * e.outputs + from, acc, static_cast<size_t>(n) * sizeof(int32_t));
+        int32_t *to = static_cast<int32_t *>(e.to) + pixel * e.outputs + from;
+        for (int i = 0; i < n; ++i) to[i] = static_cast<int32_t>(sums[i]);
     } else if (e.kind == FLOAT) {
         float *to = static_cast<float *>(e.to) + pixel * e.outputs + from;
-        for (int i = 0; i < n; ++i) to[i] = static_cast<float>(acc[i]) * e.scale[from + i] + e.bias[from + i];
+        const float *scale = e.scale + from, *bias = e.bias + from;
+        for (int i = 0; i < n; ++i) to[i] = static_cast<float>(static_cast<int32_t>(sums[i])) * scale[i] + bias[i];
     } else {
-        const uint64_t bits = compare(acc, e.threshold + from, e.flip + from, n);
+        const uint64_t bits = compare(sums, e.threshold + from, e.flip + from, n);
         put_bits(static_cast<uint64_t *>(e.to) + pixel * ((e.outputs + 63) / 64), from, bits);
     }
+}
+
+// Turns the counts of `n` outputs of one pixel, from number `from` on, into what is asked for. `outside` names the
+// taps of that pixel that lie in the padding.
+void finish(const Epilogue &e, const uint32_t *counts, int planes, int64_t pixel, int64_t from, int n,
+            const int32_t *outside, int64_t n_outside) {
+    (n == CHUNK ? finish_some<CHUNK> : finish_some<0>)(e, counts, planes, pixel, from, n, outside, n_outside);
 }
 
 // to[r][0..16) = the sums of R rows, in the order that `float_product` promises; rows of `to` are CHUNK apart.
@@ -98,15 +106,15 @@ static void add_panel(const float *const *a, int64_t length, const uint32_t *w, 
         const int64_t stop = k + FLOAT_BLOCK < length ? k + FLOAT_BLOCK : length;
         Vec::I negative[V], positive[V];
         Vec::F part[R][V];
-        for (int v = 0; v < V; ++v) {
+        LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
             negative[v] = Vec::load(w + v * Vec::W);
             positive[v] = TERNARY ? Vec::load(w + FLOAT_PANEL + v * Vec::W) : Vec::none();
-            for (int r = 0; r < R; ++r) part[r][v] = Vec::set(0.0f);
+            LOWBIT_UNROLL for (int r = 0; r < R; ++r) part[r][v] = Vec::set(0.0f);
         }
         for (; k < stop; ++k) {
-            for (int v = 0; v < V; ++v) {
+            LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
                 const Vec::I sign = Vec::top(negative[v]), there = Vec::spread(Vec::either(negative[v], positive[v]));
-                for (int r = 0; r < R; ++r) {
+                LOWBIT_UNROLL for (int r = 0; r < R; ++r) {
                     const Vec::F x = Vec::flip(Vec::set(a[r][k]), sign);
                     part[r][v] = Vec::add(part[r][v], TERNARY ? Vec::keep(x, there) : x);
                 }
@@ -114,11 +122,11 @@ static void add_panel(const float *const *a, int64_t length, const uint32_t *w, 
                 if (TERNARY) positive[v] = Vec::up(positive[v]);
             }
         }
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) total[r][v] = Vec::add(total[r][v], part[r][v]);
+        LOWBIT_UNROLL for (int r = 0; r < R; ++r)
+            LOWBIT_UNROLL for (int v = 0; v < V; ++v) total[r][v] = Vec::add(total[r][v], part[r][v]);
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) Vec::store(to + r * CHUNK + v * Vec::W, total[r][v]);
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r)
+        LOWBIT_UNROLL for (int v = 0; v < V; ++v) Vec::store(to + r * CHUNK + v * Vec::W, total[r][v]);
 }
 
 template <bool TERNARY>

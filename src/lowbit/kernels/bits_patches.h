@@ -58,16 +58,21 @@ class Patches {
         return x_ + ((image * g_.height + y) * g_.width + x) * g_.pixel_bytes() + (plane * g_.groups + group) * g_.run;
     }
 
+    // One row of a kernel after the other; where its taps are neighbours in x, at once.
     void copy(int64_t image, int64_t y, int64_t x, int64_t plane, int64_t group, uint8_t *to) {
-        const size_t run = static_cast<size_t>(g_.run);
-        for (int64_t t = 0; t < g_.taps(); ++t, to += run) {
-            const int64_t ty = y + t / g_.kernel_width * g_.dilation_height;
-            const int64_t tx = x + t % g_.kernel_width * g_.dilation_width;
-            if (ty >= 0 && ty < g_.height && tx >= 0 && tx < g_.width) {
-                std::memcpy(to, pixel(image, ty, tx, plane, group), run);
-            } else {
-                std::memcpy(to, fill_ + plane * g_.run, run);
-                if (plane == 0) outside_.push_back(static_cast<int32_t>(t));
+        const int64_t width = g_.kernel_width, reach = x + (width - 1) * g_.dilation_width;
+        const bool inside = x >= 0 && reach < g_.width, neighbours = g_.dilation_width == 1 && g_.pixel_bytes() == g_.run;
+        for (int64_t ky = 0; ky < g_.kernel_height; ++ky, y += g_.dilation_height, to += width * g_.run) {
+            const bool there = y >= 0 && y < g_.height;
+            if (there && inside && neighbours) {
+                std::memcpy(to, pixel(image, y, x, plane, group), static_cast<size_t>(width * g_.run));
+                continue;
+            }
+            for (int64_t kx = 0, at = x; kx < width; ++kx, at += g_.dilation_width) {
+                const bool padding = !there || at < 0 || at >= g_.width;
+                const uint8_t *from = padding ? fill_ + plane * g_.run : pixel(image, y, at, plane, group);
+                std::memcpy(to + kx * g_.run, from, static_cast<size_t>(g_.run));
+                if (padding && plane == 0) outside_.push_back(static_cast<int32_t>(ky * width + kx));
             }
         }
     }

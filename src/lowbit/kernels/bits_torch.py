@@ -22,13 +22,13 @@ BLOCK = 32
 
 def pack_floats(x: Tensor, threshold: float, groups: int) -> Tensor:
     """x >= threshold, from float32 [..., channels] to int64 [..., groups * words]."""
-    return to_words((x >= threshold).unflatten(-1, (groups, -1))).flatten(-2)
+    return to_words(torch.unflatten(x >= threshold, -1, (groups, -1))).flatten(-2)
 
 
 def pack_codes(x: Tensor, bits: int, groups: int) -> Tensor:
     """The lowest bits of integer codes, from [..., channels] to int64 [..., bits * groups * words]."""
     planes = (x.unsqueeze(-2) >> torch.arange(bits)[:, None]) & 1
-    return to_words(planes.bool().unflatten(-1, (groups, -1))).flatten(-3)
+    return to_words(torch.unflatten(planes.bool(), -1, (groups, -1))).flatten(-3)
 
 
 def sums(x: PackedInput, w: PackedWeight, window: Window, pad_code: int) -> Tensor:
@@ -51,9 +51,10 @@ def float_sums(x: Tensor, w: PackedWeight, window: Window) -> Tensor:
     parts = []
     for part, own in zip(x.chunk(w.groups, 1), weights.chunk(w.groups, 0), strict=True):
         patches = F.unfold(part, window.kernel, window.dilation, window.padding, window.stride)
-        taps = patches.unflatten(1, (part.shape[1], -1)).permute(0, 3, 2, 1)  # [N, pixels, taps, channels]
+        # [N, pixels, taps, channels]
+        taps = torch.unflatten(patches, 1, (part.shape[1], -1)).permute(0, 3, 2, 1)
         parts.append(_ordered_sums(taps.flatten(0, 1).flatten(1), own.movedim(1, -1).flatten(1)))
-    return torch.cat(parts, -1).reshape(n, high, wide, -1)
+    return torch.cat(parts, -1).reshape(n, high, wide, w.shape[0])
 
 
 def _ordered_sums(x: Tensor, codes: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ def _pair(value: Pair, name: str, least: int) -> tuple[int, int]:
     Raises:
         LowbitError: not one or two whole numbers that reach the least.
     """
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or not all(isinstance(v, int) and v >= least for v in both):
+    high, wide = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
+    if not (isinstance(high, int) and isinstance(wide, int) and high >= least and wide >= least):
         raise LowbitError(f"{name} is {value!r}; give one or two whole numbers of at least {least}")
-    return both
+    return high, wide
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Window:
         Raises:
             LowbitError: the window is larger than the padded image.
         """
-        fields = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        reach = [(n + 2 * p - d * (k - 1) - 1, s) for n, k, s, p, d in fields]
-        if min(free for free, _ in reach) < 0:
+        high, wide = (
+            size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1 for i in (0, 1)
+        )
+        if high < 0 or wide < 0:
             raise LowbitError(
                 f"a kernel of {self.kernel} with dilation {self.dilation} is larger than an image of {size} "
                 f"with padding {self.padding}; pad more or use a smaller kernel"
             )
-        (high, down), (wide, right) = reach
-        return high // down + 1, wide // right + 1
+        return high // self.stride[0] + 1, wide // self.stride[1] + 1

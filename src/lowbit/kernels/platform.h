@@ -20,3 +20,19 @@
 #else
 #define LOWBIT_API extern "C" __attribute__((visibility("default")))
 #endif
+
+// A loop that is compiled apart from its callers, for registers of its own.
+#if defined(__GNUC__) || defined(__clang__)
+#define LOWBIT_APART __attribute__((noinline))
+#else
+#define LOWBIT_APART
+#endif
+
+// Unrolls the short loop that follows before anything else, so that arrays it indexes become registers.
+#if defined(__clang__)
+#define LOWBIT_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define LOWBIT_UNROLL _Pragma("GCC unroll 16")
+#else
+#define LOWBIT_UNROLL
+#endif
