@@ -10,25 +10,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
-#include <thread>
 #include <vector>
 
-#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
-#define LOWBIT_X86 1
-#include <immintrin.h>
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC's own _mm512_undefined_ps, which its other intrinsics use, trips it
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#if defined(_WIN32)
-#define LOWBIT_API extern "C" __declspec(dllexport)
-#else
-#define LOWBIT_API extern "C" __attribute__((visibility("default")))
-#endif
+#include "platform.h"
+#include "threads.h"
 
 namespace {
 
@@ -284,31 +269,6 @@ Loops loops_of([[maybe_unused]] int path) {
     if (path == AVX2) return {avx2::forward, avx2::backward, avx2::masked_backward};
 #endif
     return {portable::forward, portable::backward, portable::masked_backward};
-}
-
-// A thread costs some 30 us to start: with fewer elements than this one is enough.
-constexpr int64_t WORTH_A_THREAD = 1000000;
-
-// Calls work(part, begin, end) for at most `threads` parts of [0, n), each but the last a multiple of `unit`.
-// Which part an item belongs to depends on n, unit and threads alone.
-template <class Work>
-void split(int64_t n, int64_t unit, int64_t elements, int threads, const Work &work) {
-    const int64_t units = (n + unit - 1) / unit;
-    int64_t parts = elements < WORTH_A_THREAD ? 1 : threads;
-    parts = parts < units ? parts : units;
-    if (parts <= 1) return work(0, 0, n);
-    const int64_t step = (units + parts - 1) / parts * unit;
-    std::vector<std::thread> others;
-    for (int64_t part = 1; part * step < n; ++part) {
-        const int64_t begin = part * step, end = begin + step < n ? begin + step : n;
-        try {
-            others.emplace_back(work, part, begin, end);
-        } catch (const std::system_error &) {
-            work(part, begin, end);
-        }
-    }
-    work(0, 0, step);
-    for (std::thread &other : others) other.join();
 }
 
 // 64 elements are whole bytes of the mask, and whole cache lines.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.native import PATHS, Library, load
+from lowbit.kernels.native import Library, load
 
 __all__ = [
     "available",
@@ -45,7 +45,7 @@ def available() -> bool:
 
 def description() -> str:
     """What does the work: "native, AVX512", or "pure torch: " and the reason."""
-    return f"native, {PATHS[_loaded.path]}" if isinstance(_loaded, Library) else f"pure torch: {_loaded}"
+    return _loaded.description if isinstance(_loaded, Library) else f"pure torch: {_loaded}"
 
 
 def supports(x: Tensor, scale: Tensor) -> bool:
