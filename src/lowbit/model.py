@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lowbit.cost import Cost, cost_of
 from lowbit.coverage import Coverage, coverage_of
+from lowbit.errors import LowbitError
 from lowbit.graph.names import author_name, graph_names
+from lowbit.graph.rewrite import clone
 from lowbit.graph.trace import Inputs, Note
+from lowbit.kernels import bits
 from lowbit.nn.layers import QLayer
+from lowbit.passes.bit_kernels import Swap, use_bit_kernels
 from lowbit.recipe import Recipe
+from lowbit.tables import text_table
 
-__all__ = ["QuantizedModel", "Step"]
+__all__ = ["KernelModel", "QuantizedModel", "Step"]
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,49 @@ class QuantizedModel(nn.Module):
         """What is quantized, what stays in float, why, and how to change that."""
         return coverage_of(self.graph, self.notes)
 
+    def compile_kernels(self) -> KernelModel:
+        """The same network with its binary and ternary layers on the bit kernels of the CPU.
+
+        Its codes are those of the integer reference, which the exported file follows too. What cannot be
+        swapped stays in float, and `str()` of the result says why.
+
+        Raises:
+            LowbitError: the model is not frozen.
+        """
+        if not self.frozen:
+            raise LowbitError(
+                "bit kernels hold codes, and this model has float weights; call lowbit.freeze(q)"
+            )
+        graph = clone(self.graph)
+        return KernelModel(graph, use_bit_kernels(graph))
+
     def cost(self) -> Cost:
         """Bits, bytes, multiply-accumulates and bit operations of each layer."""
         return cost_of(self.graph)
+
+
+class KernelModel(nn.Module):
+    """A frozen network on the bit kernels; call it like the model that it was made from, without gradients.
+
+    Attributes:
+        graph: the fx.GraphModule that runs.
+        swaps: what became of each layer.
+    """
+
+    def __init__(self, graph: fx.GraphModule, swaps: list[Swap]) -> None:
+        super().__init__()
+        self.graph, self.swaps = graph, swaps
+        self.eval()
+
+    @torch.inference_mode()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graph(*args, **kwargs)
+
+    def __str__(self) -> str:
+        rows = [(swap.name, swap.runs_as, swap.why) for swap in self.swaps]
+        swapped = sum(not swap.why for swap in self.swaps)
+        table = text_table(("layer", "runs as", "why"), rows)
+        return f"{table}\n{swapped} of {len(rows)} layers on bit kernels ({bits.description()})"
 
 
 def _hide_graph(q: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -18,9 +18,9 @@ from lowbit.graph.ops import clamp_bounds, kind_of, label, module_of
 from lowbit.graph.run import bind_inputs, evaluate, last_uses
 from lowbit.graph.trace import Inputs
 from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QLinear
-from lowbit.nn.quantizer import Quantizer
+from lowbit.nn.quantizer import Quantizer, grid_of
 
-__all__ = ["Codes", "grid_of", "run_on_codes"]
+__all__ = ["Codes", "run_on_codes"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,6 @@ class Accumulated:
 def _is_free(bounds: tuple[float, float], grid: Grid) -> bool:
     ends = [integer.round_to(torch.tensor(b), grid).item() + grid.zero_point for b in bounds]
     return ends == [grid.spec.qmin, grid.spec.qmax]
-
-
-def grid_of(quantizer: Quantizer) -> Grid | None:
-    """The grid of a quantizer of integer codes with one scale; None for any other."""
-    if quantizer.mode != "quantize" or quantizer.spec.kind != "int" or quantizer.scale.numel() != 1:
-        return None
-    zero = 0 if quantizer.zero_point is None else int(quantizer.zero_point)
-    return Grid(quantizer.scale.reshape(()), zero, quantizer.spec)
 
 
 def run_on_codes(gm: fx.GraphModule, inputs: Inputs, seen: Callable[[str, Codes], None] | None = None) -> Any:

@@ -17,10 +17,10 @@ from lowbit.graph.ops import kind_of, module_of
 from lowbit.graph.run import bind_inputs, flat_tensors
 from lowbit.graph.trace import Inputs
 from lowbit.model import QuantizedModel
-from lowbit.nn.quantizer import Quantizer
+from lowbit.nn.quantizer import Quantizer, grid_of
 from lowbit.passes.calibrate import batches
 from lowbit.progress import track
-from lowbit.reference import Codes, grid_of, run_on_codes
+from lowbit.reference import Codes, run_on_codes
 from lowbit.tables import text_table
 
 __all__ = ["LayerParity", "Parity", "verify"]

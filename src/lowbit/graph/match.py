@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -22,6 +23,7 @@ __all__ = [
     "is_folded_later",
     "is_global_pool",
     "layer_nodes",
+    "max_pool_of",
     "never_negative",
     "operands",
     "operations",
@@ -141,6 +143,21 @@ def is_global_pool(node: fx.Node) -> bool:
     assert isinstance(source, fx.Node)
     adaptive = label(node).lower() in ("adaptiveavgpool2d", "adaptive_avg_pool2d")
     return value.ndim == 4 and tuple(value.shape[2:]) == (1, 1) and adaptive
+
+
+def max_pool_of(node: fx.Node) -> dict[str, Any] | None:
+    """kernel_size, stride and padding of 2-d max pooling without dilation, indices or a rounded-up size."""
+    if label(node).lower() != "maxpool2d" and label(node) != "max_pool2d":
+        return None
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    if node.op == "call_module":
+        given = {name: getattr(module_of(node), name) for name in names}
+    else:
+        given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+    plain = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False} | given
+    if plain["dilation"] not in (1, (1, 1)) or plain["ceil_mode"] or plain["return_indices"]:
+        return None
+    return {name: plain[name] for name in names[:3]}
 
 
 def tail_of(node: fx.Node) -> fx.Node:

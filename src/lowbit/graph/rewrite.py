@@ -1,4 +1,4 @@
-"""The only edits of a graph: swap a module, insert one behind a node, remove one."""
+"""The only edits of a graph: swap a module, insert one behind a node, call another, remove one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 from torch import fx, nn
 
-__all__ = ["clone", "finish", "insert_after", "remove", "swap"]
+__all__ = ["clone", "finish", "insert_after", "remove", "retarget", "swap"]
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
@@ -34,6 +34,12 @@ def insert_after(
     moved = set(node.users if readers is None else readers) - {call}
     node.replace_all_uses_with(call, delete_user_cb=moved.__contains__)
     return call
+
+
+def retarget(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> None:
+    """Let a node call `module`, added at `path`, on its first argument, whatever it called before."""
+    gm.add_submodule(path, module)
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
 
 
 def remove(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -16,6 +16,7 @@ from lowbit.core.affine import (
     quantize,
 )
 from lowbit.core.estimators import Estimator, damped, estimators, gain_of
+from lowbit.core.integer import Grid
 from lowbit.core.levels import Fit
 from lowbit.core.observers import Observer, observers
 from lowbit.core.qtensor import QTensor
@@ -24,7 +25,7 @@ from lowbit.core.spec import QuantSpec, expand_to
 from lowbit.core.weight_observers import fit, suits
 from lowbit.errors import LowbitError
 
-__all__ = ["Quantizer"]
+__all__ = ["TRAINED", "Quantizer", "grid_of"]
 
 Mode = Literal["off", "observe", "quantize"]
 # Parameters that estimators train, and the buffers beside them that a state holds
@@ -324,3 +325,11 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec}, {self.mode}"
+
+
+def grid_of(quantizer: Quantizer) -> Grid | None:
+    """The grid of a quantizer of integer codes with one scale; None for any other."""
+    if quantizer.mode != "quantize" or quantizer.spec.kind != "int" or quantizer.scale.numel() != 1:
+        return None
+    zero = 0 if quantizer.zero_point is None else int(quantizer.zero_point)
+    return Grid(quantizer.scale.reshape(()), zero, quantizer.spec)
