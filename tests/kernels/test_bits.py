@@ -400,6 +400,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "vector": (lambda: bits.pack_signs(torch.ones(8)), r"shape \(8,\)"),
     "groups": (lambda: bits.pack_signs(torch.ones(2, 8), groups=3), "3 groups of 8 channels"),
     "no-channels": (lambda: bits.pack_signs(torch.ones(2, 0)), "of 0 channels"),
+    "words": (
+        lambda: bits.PackedInput(words=torch.zeros(2, 1).long(), channels=65, kind="sign"),
+        r"shape \(2, 1\) for 1 bits of 65 channels in 1 groups; give torch.int64 of shape \[\.\.\., 2\]",
+    ),
     "weight-values": (lambda: bits.pack_weight(torch.full((2, 2), 2)), "other than -1, 0 and 1"),
     "weight-fractions": (lambda: bits.pack_weight(torch.full((2, 2), 0.5)), "other than -1, 0 and 1"),
     "weight-nan": (lambda: bits.pack_weight(torch.full((2, 2), float("nan"))), "other than -1, 0 and 1"),

@@ -346,8 +346,8 @@ def max_pool2d(x: PackedInput, kernel: Pair, *, stride: Pair | None = None, padd
 
     Args:
         x: packed images.
-        kernel, stride, padding: one number, or (height, width); no stride is the kernel, and the padding is at
-            most half of it.
+        kernel, stride, padding: one number, or (height, width); no stride is the kernel, and the padding is
+            at most half of it.
 
     Raises:
         LowbitError: codes of more bits, a matrix, or a padding that could fill a window.
