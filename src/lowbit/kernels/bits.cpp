@@ -321,7 +321,8 @@ LOWBIT_API void lowbit_bits_product(const Geometry *geometry, const uint64_t *x,
     const int64_t panel = words * loops.panel * (ternary ? 2 : 1);
     const int64_t tile = TILE / planes > 0 ? TILE / planes : 1, per_chunk = CHUNK / loops.panel;
     const int64_t work = g.pixels() * planes * g.groups * g.outputs * words;
-    convolve(g, x, fill, work, threads, [&](const Patches &patches, int64_t at, int64_t pixels, int64_t group, int64_t chunk) {
+    convolve(g, x, fill, work, threads,
+             [&](const Patches &patches, int64_t at, int64_t pixels, int64_t group, int64_t chunk) {
         const int n = static_cast<int>(std::min<int64_t>(CHUNK, g.outputs - chunk * CHUNK));
         const uint64_t *weights = w + (group * panels + chunk * per_chunk) * panel;
         for (int64_t i = 0; i < pixels; i += tile) {

@@ -33,7 +33,9 @@ struct Vec {
         const uint32_t bit[4] = {1, 2, 4, 8};
         return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), vld1q_u32(bit)));
     }
-    static I mark(I held, F a, F b, uint32_t bit) { return vorrq_u32(held, vandq_u32(vcgeq_f32(a, b), vdupq_n_u32(bit))); }
+    static I mark(I held, F a, F b, uint32_t bit) {
+        return vorrq_u32(held, vandq_u32(vcgeq_f32(a, b), vdupq_n_u32(bit)));
+    }
     static void store(uint32_t *p, I a) { vst1q_u32(p, a); }
     static I either(I a, I b) { return vorrq_u32(a, b); }
     static I up(I a) { return vshlq_n_u32(a, 1); }
