@@ -89,9 +89,12 @@ LOWBIT_APART static void count_bytes(const uint8_t *const *rows, int64_t k, int6
         a[r] = rows[r];
         LOWBIT_UNROLL for (int v = 0; v < V; ++v) counts[r][v] = _mm256_setzero_si256();
     }
-    for (; k < stop; ++k, w += TERNARY ? 2 * PANEL : PANEL) {
-        count_byte<R, V, TERNARY>(a, k, TERNARY ? TABLES.both : TABLES.differ, w, panel, counts);
-        if (TERNARY) count_byte<R, V, false>(a, k, TABLES.both, w + PANEL, panel, counts);
+    constexpr int STEP = TERNARY ? 2 * PANEL : PANEL;
+    for (int64_t i = k; i < stop; ++i, w += STEP)
+        count_byte<R, V, TERNARY>(a, i, TERNARY ? TABLES.both : TABLES.differ, w, panel, counts);
+    if (TERNARY) {
+        w += PANEL - (stop - k) * STEP;
+        for (int64_t i = k; i < stop; ++i, w += STEP) count_byte<R, V, false>(a, i, TABLES.both, w, panel, counts);
     }
     LOWBIT_UNROLL for (int r = 0; r < R; ++r)
         LOWBIT_UNROLL for (int v = 0; v < V; ++v) to[r][v] = counts[r][v];

@@ -49,6 +49,15 @@ class PackedInput:
     bits: int = 1
     groups: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse words that a kernel would read past."""
+        row = self.bits * self.groups * words_of(self.channels // self.groups)
+        if self.words.dtype is not torch.int64 or self.words.ndim < 2 or self.words.shape[-1] != row:
+            raise LowbitError(
+                f"words of {self.words.dtype} and shape {tuple(self.words.shape)} for {self.bits} bits of "
+                f"{self.channels} channels in {self.groups} groups; give torch.int64 of shape [..., {row}]"
+            )
+
     @property
     def largest(self) -> int:
         """The largest magnitude a code can have."""

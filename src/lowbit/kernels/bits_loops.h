@@ -14,7 +14,8 @@ void pack_run(const float *x, int64_t channels, float threshold, uint64_t *to) {
         const int n = static_cast<int>(channels - c < 64 ? channels - c : 64);
         uint64_t word = 0;
         int i = 0;
-        for (; i + Vec::W <= n; i += Vec::W) word |= static_cast<uint64_t>(Vec::at_least(Vec::load(x + c + i), at)) << i;
+        for (; i + Vec::W <= n; i += Vec::W)
+            word |= static_cast<uint64_t>(Vec::at_least(Vec::load(x + c + i), at)) << i;
         if (i < n) {
             const uint32_t bits = Vec::at_least(Vec::load(x + c + i, n - i), at) & ((1u << (n - i)) - 1u);
             word |= static_cast<uint64_t>(bits) << i;

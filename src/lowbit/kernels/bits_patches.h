@@ -61,7 +61,8 @@ class Patches {
     // One row of a kernel after the other; where its taps are neighbours in x, at once.
     void copy(int64_t image, int64_t y, int64_t x, int64_t plane, int64_t group, uint8_t *to) {
         const int64_t width = g_.kernel_width, reach = x + (width - 1) * g_.dilation_width;
-        const bool inside = x >= 0 && reach < g_.width, neighbours = g_.dilation_width == 1 && g_.pixel_bytes() == g_.run;
+        const bool inside = x >= 0 && reach < g_.width;
+        const bool neighbours = g_.dilation_width == 1 && g_.pixel_bytes() == g_.run;
         for (int64_t ky = 0; ky < g_.kernel_height; ++ky, y += g_.dilation_height, to += width * g_.run) {
             const bool there = y >= 0 && y < g_.height;
             if (there && inside && neighbours) {
