@@ -129,6 +129,28 @@ class SmallVgg(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
+class BinaryVgg(nn.Module):
+    """VGG-small as networks of bits have it (Zhang et al. 2018, LQ-Nets): Hardtanh, one linear layer."""
+
+    def __init__(self, width: int = 128, classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = 3
+        for factor in (1, 2, 4):
+            for last in (False, True):
+                outputs = factor * width
+                conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+                layers += [conv, nn.BatchNorm2d(outputs), nn.Hardtanh()]
+                layers += [nn.MaxPool2d(2)] if last else []
+                inputs = outputs
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(inputs * 16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, 3, 32, 32] -> logits [B, classes]."""
+        return self.classifier(self.features(x).flatten(1))
+
+
 class ResNet18(nn.Module):
     """ResNet-18 for ImageNet in torchvision's structure."""
 

@@ -195,7 +195,8 @@ def compare_runs(
 
 def gradients(bench: Bench) -> tuple[list[Table], list[Claim]]:
     """Estimators against each other."""
-    variants = {name: (preset("w2a2", estimator=name), {}) for name in estimators.names()}
+    names = [name for name in estimators.names() if not estimators.get(name).one_bit]
+    variants = {name: (preset("w2a2", estimator=name), {}) for name in names}
     return [compare_runs(bench, "estimators, w2a2, one epoch", "estimator", variants, "estimator")], []
 
 
