@@ -18,6 +18,9 @@ from lowbit.kernels.bits import Affine, PackedInput, Threshold
 from lowbit.nn.layers import QConv2d, QLayer, QLinear
 from lowbit.nn.quantizer import Quantizer, grid_of
 
+# A code of n bits costs as much as n products of bits: beyond this a convolution of floats is faster.
+CONV_BITS = 4
+
 __all__ = [
     "BitConv2d",
     "BitLayer",
@@ -124,18 +127,27 @@ def _first(holds: Callable[[Tensor], Tensor], low: int, high: int, count: int) -
 class BitLayer(nn.Module):
     """A layer of packed weights; gives floats, or after `ends_in_bits` the packed codes of the next."""
 
-    def __init__(self, layer: QLayer, source: Grid) -> None:
+    def __init__(self, layer: QLayer, source: Grid | None) -> None:
+        """`source` is the grid of the inputs; None takes floats."""
         super().__init__()
-        codes = layer.qweight().codes
-        self.sums = _Sums.of(layer, source, codes)
-        self.weight = bits.pack_weight(codes, groups=getattr(layer, "groups", 1))
-        self.end: Affine | Threshold = self.sums.affine()
+        q = layer.qweight()
+        floats = source is None
+        self.weight = bits.pack_weight(q.codes, groups=getattr(layer, "groups", 1), floats=floats)
+        self.sums = None if source is None else _Sums.of(layer, source, q.codes)
+        self.end: Affine | Threshold
+        if self.sums is not None:
+            self.end = self.sums.affine()
+        else:
+            bias = None if layer.bias is None else layer.bias.detach()
+            self.end = Affine(scale=q.scale.reshape(-1).expand(len(q.codes)).contiguous(), bias=bias)
         # what images are padded with
-        self.pad_code = 0 if source.spec.is_binary else source.zero_point
+        self.pad_code = 0 if source is None or source.spec.is_binary else source.zero_point
 
-    def ends_in_bits(self, grid: Grid) -> None:
-        """Give the codes of a quantizer of one bit from now on."""
-        self.end = self.sums.threshold(grid)
+    def ends_in_bits(self, grid: Grid) -> bool:
+        """Give the codes of a quantizer of one bit from now on; False where inputs in float cannot."""
+        if self.sums is not None:
+            self.end = self.sums.threshold(grid)
+        return self.sums is not None
 
     @property
     def gives(self) -> str:
@@ -150,7 +162,10 @@ class BitLayer(nn.Module):
 class BitLinear(BitLayer):
     """y = x W^T + b."""
 
-    def forward(self, x: PackedInput) -> Tensor | PackedInput:
+    def forward(self, x: PackedInput | Tensor) -> Tensor | PackedInput:
+        if isinstance(x, Tensor) or isinstance(self.end, Affine):
+            assert isinstance(self.end, Affine)
+            return bits.linear(x, self.weight, self.end)
         return bits.linear(x, self.weight, self.end)
 
 
@@ -212,14 +227,15 @@ def obstacle_of(layer: nn.Module, source: Quantizer | None) -> str:
         return f"its weight is {spec}, neither binary nor ternary"
     if spec.split:
         return "each sign of its weight has a scale of its own"
-    if source is None:
-        return "its input is in float"
-    grid = grid_of(source)
-    if grid is None or grid.spec.bits > 8:
-        return f"its input is {source.spec}, not codes of 8 bits or fewer with one scale"
-    scale = layer.weight_quantizer.scale
+    scale, grid = layer.weight_quantizer.scale, None if source is None else grid_of(source)
     if scale.numel() not in (1, scale.shape[0]):
         return "its scales do not leave the sum of an output"
-    if isinstance(layer, QConv2d) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
-        return "its padding is neither zeros nor given in numbers"
+    if source is not None and (grid is None or grid.spec.bits > 8):
+        return f"its input is {source.spec}, not codes of 8 bits or fewer with one scale"
+    if isinstance(layer, QConv2d):
+        if grid is None or grid.spec.bits > CONV_BITS:
+            wide = "in float" if grid is None else f"codes of {grid.spec.bits} bits"
+            return f"its input is {wide}, which convolutions sum faster in float"
+        if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+            return "its padding is neither zeros nor given in numbers"
     return ""

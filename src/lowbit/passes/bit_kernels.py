@@ -49,17 +49,21 @@ def use_bit_kernels(gm: fx.GraphModule) -> list[Swap]:
 
     A quantizer that only such layers read packs its codes for them, and pooling between works on the bits;
     where others read it too, each layer packs for itself. Behind a layer a clamp and a quantizer of one bit
-    become a threshold of its sums. Other layers on integer inputs sum codes, so that signs behind them are
-    those of the integer reference; the weights of the rest are decoded, once.
+    become a threshold of its sums. Linear layers take floats too. Other layers on integer inputs sum codes,
+    so that signs behind them are those of the integer reference; the weights of the rest are decoded, once.
     """
     found = {node: _obstacle(node) for node in layer_nodes(gm)}
     inputs = {node: input_quantizer(node) for node in found}
     swaps = [Swap(path_name(gm, path), "float", "no graph reaches it") for path in _hidden(gm)]
     readers: dict[fx.Node, list[fx.Node]] = {}
-    for node, why in found.items():
-        if not why:
+    kinds: dict[fx.Node, str] = {}
+    for node in [n for n, why in found.items() if not why]:
+        kinds[node] = f"{_codes(inputs[node])} x {_weight(node)}"
+        layer = module_of(node)
+        if inputs[node] is not None:
             readers.setdefault(_quantizer_node(node), []).append(node)
-    kinds = {node: f"{_codes(q)} x {_weight(node)}" for q, nodes in readers.items() for node in nodes}
+        elif isinstance(layer, QLinear):
+            retarget(gm, node, f"bits.{node.name}", BitLinear(layer, None))
     for quantizer, nodes in readers.items():
         _use_bits(gm, quantizer, nodes)
     for quantizer in readers:
@@ -81,15 +85,10 @@ def _obstacle(node: fx.Node) -> str:
     layer, quantizer = module_of(node), input_quantizer(node)
     if not isinstance(layer, QLayer):
         return "its weight is in float"
-    why = obstacle_of(layer, quantizer)
-    if not why and any(label(n).lower() in ("pad", "zeropad2d") for n in _between(node)):
-        assert quantizer is not None
-        why = (
-            "its signs are padded with zeros before it; give the layer that padding"
-            if quantizer.spec.is_binary
-            else ""
-        )
-    return why
+    signs = quantizer is not None and quantizer.spec.is_binary
+    if signs and any(label(n).lower() in ("pad", "zeropad2d") for n in _between(node)):
+        return "its signs are padded with zeros before it; give the layer that padding"
+    return obstacle_of(layer, quantizer)
 
 
 def _quantizer_node(node: fx.Node) -> fx.Node:
@@ -165,7 +164,8 @@ def _end_in_bits(gm: fx.GraphModule, node: fx.Node) -> None:
     layer = module_of(source) if isinstance(source, fx.Node) and source.op == "call_module" else None
     if not isinstance(layer, BitLayer) or any(len(n.users) > 1 for n in (source, *clamps)):
         return
-    layer.ends_in_bits(pack.grid)
+    if not layer.ends_in_bits(pack.grid):
+        return
     for dead in (node, *clamps):
         remove(gm, dead)
 
@@ -206,9 +206,11 @@ def _name(node: fx.Node) -> str:
     return str(node.meta["name"])
 
 
-def _codes(quantizer: fx.Node) -> str:
+def _codes(quantizer: Quantizer | None) -> str:
     """Of activations, in a word."""
-    spec = _grid(quantizer).spec
+    if quantizer is None:
+        return "float"
+    spec = quantizer.spec
     if spec.is_binary:
         return "sign"
     return "bit" if spec.bits == 1 else f"{spec.bits}-bit codes"
