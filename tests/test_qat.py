@@ -485,3 +485,32 @@ def test_data_without_a_length() -> None:
     _, q = model()
     record = Trainer(q, DataLoader(Endless(), 8), epochs=2, steps_per_epoch=5).fit()
     assert [e.step for e in record.epochs] == [5, 10]
+
+
+def test_starved_weights_are_told_of() -> None:
+    """Far outside the clip of their estimator weights get no gradient; those within it say nothing."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.randn(8, 8).sign() + 0.01 * torch.randn(8, 8))
+    data = [(torch.randn(16, 8), torch.randint(0, 3, (16,)))]
+    notes = {}
+    for name in ("approx_sign", "ede"):
+        q = lowbit.prepare(net, lowbit.preset("w1", estimator=name), data[0][0])
+        lowbit.calibrate(q, [data[0][0]])
+        q.get_submodule("graph.1").weight_quantizer.scale.data.mul_(0.5)
+        notes[name] = Trainer(q, data, lr=1e-9, scale_lr=0.0).fit().notes
+    assert len(notes["approx_sign"]) == 1
+    assert (
+        "'graph.1': 100% of the weights lie where their estimator has no gradient" in notes["approx_sign"][0]
+    )
+    assert not notes["ede"]
+
+
+def test_progress_goes_from_0_to_1() -> None:
+    net, seen = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)), []
+    data = [(torch.randn(4, 8), torch.randint(0, 3, (4,)))] * 5
+    q = lowbit.prepare(net, lowbit.preset("w1", estimator="ede"), data[0][0])
+    quantizer = q.get_submodule("graph.1").weight_quantizer
+    q.register_forward_pre_hook(lambda *_: seen.append(quantizer.progress))
+    Trainer(lowbit.calibrate(q, [data[0][0]]), data, epochs=2).fit()
+    assert seen[-10:] == [step / 10 for step in range(10)]

@@ -26,11 +26,12 @@ from lowbit.training.batches import check_data
 from lowbit.training.folder import check_recipe
 from lowbit.training.groups import parameter_groups
 from lowbit.training.losses import Objective, symmetric_kl
-from lowbit.training.progress import set_progress
 from lowbit.training.record import Epoch, Run
 from lowbit.training.rng import kept
+from lowbit.training.schedule import set_progress
 from lowbit.training.session import Session
 from lowbit.training.settings import Settings
+from lowbit.training.starved import starved
 from lowbit.training.state import load_weights, read_checkpoint, section
 
 __all__ = [
@@ -100,7 +101,9 @@ class Trainer:
         distributed.check_device(next(self.q.parameters()).device)
         with kept(next(self.q.parameters()).device):
             session = Session(self.q, self.train, self.val, self.teacher, self.settings, self.objective)
-            return session.run()
+            record = session.run()
+        record.notes += starved(self.q)
+        return record
 
 
 def restore(q: QuantizedModel, path: str | Path) -> QuantizedModel:

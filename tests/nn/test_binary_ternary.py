@@ -12,7 +12,7 @@ from lowbit import LowbitError, PerChannel, PerTensor, QuantSpec
 from lowbit.core.spec import BINARY, TERNARY
 from lowbit.nn.layers import QConv2d, QLinear
 from lowbit.nn.quantizer import Quantizer
-from lowbit.training.progress import set_progress
+from lowbit.training.schedule import set_progress
 
 SPLIT = replace(TERNARY, split=True)
 KINDS = {

@@ -6,11 +6,14 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
+from lowbit.errors import LowbitError
+from lowbit.nn.quantizer import Quantizer
 from lowbit.training.settings import Settings
 from lowbit.training.stages import stage_of
 
-__all__ = ["Pace", "Plateau", "factor", "warmup_steps"]
+__all__ = ["Pace", "Plateau", "factor", "set_progress", "warmup_steps"]
 
 
 def warmup_steps(warmup: float, total: int) -> int:
@@ -91,15 +94,32 @@ class Pace:
         """(number of the stage, its first epoch, the epoch after its last)."""
         return stage_of(epoch, self.settings.epochs, max(1, len(self.settings.bits)))
 
-    def set(self, epoch: int, done: int) -> None:
-        """Set the rates of step `done` of an epoch."""
+    def set(self, epoch: int, done: int) -> float:
+        """Set the rates of step `done` of an epoch; returns how much of training is done, from 0 to 1."""
         _, first, end = self.stage(epoch)
         total, step = (end - first) * self.steps, (epoch - first) * self.steps + done
         warmup = warmup_steps(self.settings.warmup, total)
         share = factor(self.settings.schedule, step, total, warmup) * self.plateau.factor
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
+        return (epoch * self.steps + done) / (self.settings.epochs * self.steps)
 
     def new_stage(self) -> None:
         """What was learned of a plateau does not hold at other bits."""
         self.plateau = Plateau(self.settings.plateau_patience)
+
+
+def set_progress(model: nn.Module, share: float) -> None:
+    """Tell the quantizers of a model how much of training is done, from 0 to 1.
+
+    The Trainer does it in every step; a loop of your own calls it where a recipe names "ede", "reste" or
+    "recu".
+
+    Raises:
+        LowbitError: the share is not from 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise LowbitError(f"share={share!r} of training is not from 0 to 1; pass step / steps")
+    for module in model.modules():
+        if isinstance(module, Quantizer) and module.scheduled:
+            module.progress = float(share)

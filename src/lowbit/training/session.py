@@ -25,9 +25,8 @@ from lowbit.training.feed import Feed
 from lowbit.training.folder import Folder
 from lowbit.training.groups import make_optimizer
 from lowbit.training.losses import Objective
-from lowbit.training.progress import set_progress
 from lowbit.training.record import Epoch, Run
-from lowbit.training.schedule import Pace
+from lowbit.training.schedule import Pace, set_progress
 from lowbit.training.settings import Settings
 from lowbit.training.state import (
     copy_of_weights,
@@ -212,8 +211,7 @@ class Session:
 
     def _train_step(self, batch: Batch) -> None:
         part, total = self.feed.weight(batch)
-        self.pace.set(self.epoch, self.done)
-        set_progress(self.q, self._step() / (self.settings.epochs * self.feed.steps))
+        set_progress(self.q, self.pace.set(self.epoch, self.done))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
             with batch.inputs.explaining(self.q):
                 output = self.model(*batch.inputs.args, **batch.inputs.kwargs)

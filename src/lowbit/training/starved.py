@@ -1,0 +1,42 @@
+"""Weights that training cannot move any more."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lowbit.nn.layers import QLayer
+
+__all__ = ["starved"]
+
+# of the weights of a layer: beyond it a reader should know
+SHARE = 0.5
+
+
+def starved(model: nn.Module) -> list[str]:
+    """A sentence for each layer most of whose weights get no gradient, because they lie outside the clip."""
+    found = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, QLayer) and layer.frozen_spec is None and layer.weight_quantizer.ready:
+            share = _without_gradient(layer)
+            if share > SHARE:
+                found.append(
+                    f"'{path}': {share:.0%} of the weights lie where their estimator has no gradient, and "
+                    "no longer move; in the rule reshape='recu' or 'clip' brings them back, and "
+                    "estimator='ede' reaches them"
+                )
+    return found
+
+
+def _without_gradient(layer: QLayer) -> float:
+    quantizer, training = layer.weight_quantizer, layer.weight_quantizer.training
+    if quantizer.mode != "quantize" or quantizer.spec.kind != "int" or not layer.weight.numel():
+        return 0.0
+    quantizer.eval()  # nothing follows the tensor
+    try:
+        with torch.enable_grad():
+            weight = layer.weight.detach().clone().requires_grad_()
+            (slope,) = torch.autograd.grad(quantizer(weight).sum(), weight)
+    finally:
+        quantizer.train(training)
+    return float((slope.abs() < 1e-6).float().mean())
