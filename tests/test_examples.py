@@ -33,3 +33,16 @@ def test_an_own_loop_trains_and_exports(name: str, package: str, tmp_path: Path)
     images, labels = load_images("test")
     right = (q(images[:1000]).argmax(1) == labels[:1000]).float().mean().item()
     assert right == pytest.approx(float(shown["QAT"].rstrip("%")) / 100, abs=0.03)
+
+
+def test_the_binary_network_runs_on_its_kernels(tmp_path: Path) -> None:
+    arguments = ["--epochs", "1", "--steps", "2", "--width", "8", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / "binary_network.py", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 of 6 layers on bit kernels" in done.stdout
+    assert "the kernels put images in the classes of the trained network: True" in done.stdout
+    assert done.stdout.rstrip().endswith("code for code: True")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lowbit import kernels
+from lowbit.kernels import bits
 from lowbit.processor import instructions
 from lowbit.tables import text_table
 
@@ -41,6 +42,8 @@ class Environment:
     gpu: str | None
     # what quantizes in training: "native, AVX512", or "pure torch: " and the reason
     kernels: str
+    # what runs binary and ternary networks, likewise
+    bit_kernels: str
     # those that decide about kernels; None where PyTorch cannot tell
     instructions: tuple[str, ...] | None
     # version of each optional package; None where it is missing
@@ -55,6 +58,7 @@ class Environment:
             ("platform", self.platform, ""),
             ("gpu", self.gpu or "none", ""),
             ("kernels", self.kernels, "fake quantization in training"),
+            ("bit kernels", self.bit_kernels, "binary and ternary layers, after q.compile_kernels()"),
             ("instructions", found, ""),
             *((name, version or "missing", OPTIONAL[name]) for name, version in self.packages.items()),
         ]
@@ -74,6 +78,7 @@ def environment() -> Environment:
         threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         kernels=kernels.description(),
+        bit_kernels=bits.description(),
         instructions=instructions(),
         packages={name: _version(name) for name in OPTIONAL},
     )

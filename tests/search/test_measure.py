@@ -20,9 +20,10 @@ from lowbit import INT4, INT8, UINT8, LowbitError, QuantSpec, Recipe, Rule
 from lowbit.core.affine import choose_qparams
 from lowbit.core.observers import MSE
 from lowbit.core.ranges import least_error_range_of
+from lowbit.core.spec import BINARY, TERNARY
 from lowbit.model import QuantizedModel
 from lowbit.nn.quantizer import Quantizer
-from lowbit.search import Sensitivity, sensitivity
+from lowbit.search import Budget, Sensitivity, allocate, sensitivity
 from lowbit.search.measure import prober_of
 from lowbit.search.prober import Prober
 from lowbit.search.sites import narrowed, places_of
@@ -213,9 +214,16 @@ def test_what_must_go_together(table: Sensitivity) -> None:
 
 
 def test_candidates_may_be_specs() -> None:
-    odd = QuantSpec(bits=1, mid_rise=True, granularity=INT4.granularity)
-    table = sensitivity(prepared(), data(), bits=(4, odd), kinds=("weight",), curvature=False)
-    assert [p.spec for p in table.site("b").probes] == [INT4, odd]
+    """Binary and ternary weights stand beside widths, and end up in the recipe."""
+    split = replace(TERNARY, split=True)
+    table = sensitivity(prepared(), data(), bits=(4, TERNARY, split, BINARY), kinds=("weight",))
+    assert [p.spec for p in table.site("b").probes] == [INT4, TERNARY, split, BINARY]
+    four, ternary, _, binary = (p.noise for p in table.site("b").probes)
+    assert four < ternary < binary
+    found = allocate(table, Budget(average_bits=1.0))
+    assert set(found.specs.values()) == {BINARY}
+    q = lowbit.quantize(network(), found.recipe, [x for x, _ in data()])
+    assert q.cost().average_bits == 1.0
 
 
 def test_narrow_weights_have_odd_codes_as_in_presets() -> None:
