@@ -62,8 +62,12 @@ def activations(q: nn.Module) -> dict[str, Quantizer]:
 # --- every estimator, to the last bit
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a4"])
-@pytest.mark.parametrize("estimator", estimators.names())
+RUNS = [(name, bits) for name in estimators.names() for bits in ("w8a8", "w4a4", "w1a1", "ternary")]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "recipe"), [r for r in RUNS if r[1] == "w1a1" or not estimators.get(r[0]).one_bit]
+)
 def test_freezing_changes_no_bit(estimator: str, recipe: str) -> None:
     """Without biases, which integer kernels round, and with BatchNorm folded before."""
     torch.manual_seed(0)

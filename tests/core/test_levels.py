@@ -22,7 +22,7 @@ ONE = {
     "binary": replace(BINARY, granularity=PerTensor()),
     "ternary": replace(TERNARY, granularity=PerTensor()),
 }
-numbers = st.lists(st.integers(-50, 50), min_size=1, max_size=7)
+numbers = st.lists(st.integers(-50, 50), min_size=1, max_size=5)
 
 
 def error(x: Tensor, values: Tensor) -> float:
