@@ -322,3 +322,11 @@ def test_the_demo_network() -> None:
     assert c.agreement > 0.97
     assert c.sqnr_db > 28
     assert c.ratio > 3.5
+
+
+@pytest.mark.parametrize("recipe", ["w1a1", "w2a2", "ternary", "b1.58"])
+def test_narrow_codes_are_compared_and_widened(recipe: str) -> None:
+    layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)]
+    model, x = nn.Sequential(*layers), torch.randn(32, 8)
+    found = lowbit.compare(model, lowbit.quantize(model, recipe, [x]), [x])
+    assert found.override

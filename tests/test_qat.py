@@ -500,9 +500,7 @@ def test_starved_weights_are_told_of() -> None:
         q.get_submodule("graph.1").weight_quantizer.scale.data.mul_(0.5)
         notes[name] = Trainer(q, data, lr=1e-9, scale_lr=0.0).fit().notes
     assert len(notes["approx_sign"]) == 1
-    assert (
-        "'graph.1': 100% of the weights lie where their estimator has no gradient" in notes["approx_sign"][0]
-    )
+    assert "'1': 100% of the weights lie where their estimator has no gradient" in notes["approx_sign"][0]
     assert not notes["ede"]
 
 
@@ -511,6 +509,6 @@ def test_progress_goes_from_0_to_1() -> None:
     data = [(torch.randn(4, 8), torch.randint(0, 3, (4,)))] * 5
     q = lowbit.prepare(net, lowbit.preset("w1", estimator="ede"), data[0][0])
     quantizer = q.get_submodule("graph.1").weight_quantizer
-    q.register_forward_pre_hook(lambda *_: seen.append(quantizer.progress))
+    q.register_forward_pre_hook(lambda *_: seen.append(float(quantizer.progress)))
     Trainer(lowbit.calibrate(q, [data[0][0]]), data, epochs=2).fit()
-    assert seen[-10:] == [step / 10 for step in range(10)]
+    assert seen[-10:] == pytest.approx([step / 10 for step in range(10)])

@@ -379,7 +379,7 @@ def test_estimator_of_a_preset(estimator: str) -> None:
 
 def test_an_estimator_of_one_bit_needs_one() -> None:
     message = (
-        "estimator='ede' is for codes of one bit, and the recipe has none; use 'lsq', or the spec 'binary'"
+        "estimator='ede' is for codes of one bit, and its rules have none; use 'lsq', or the spec 'binary'"
     )
     with pytest.raises(LowbitError, match=message):
         preset("w4a4", estimator="ede")

@@ -96,6 +96,37 @@ def test_binary_and_ternary_networks_are_exact(recipe: str, tmp_path: Path) -> N
     assert sum(layer.codes for layer in parity.layers) > 5000
 
 
+@pytest.mark.parametrize(
+    "move", [nn.Dropout(), nn.Identity(), nn.MaxPool2d(2)], ids=lambda m: type(m).__name__
+)
+def test_zeros_around_signs_stay_zeros(move: nn.Module, tmp_path: Path) -> None:
+    """Whatever moves them on from the padding to the layer."""
+    first = [nn.Conv2d(3, 8, 3), nn.Hardtanh(), nn.ZeroPad2d(1), move]
+    layers = [*first, nn.Conv2d(8, 8, 3), nn.Hardtanh(), nn.Conv2d(8, 4, 1)]
+    data = torch.randn(4, 3, 8, 8)
+    q = lowbit.prepare(nn.Sequential(*layers).eval(), "w1a1", data)
+    f = lowbit.freeze(lowbit.calibrate(q, data))
+    if isinstance(move, nn.MaxPool2d):
+        with pytest.raises(LowbitError, match="pools signs with zeros around them"):
+            lowbit.export.onnx(f, tmp_path / "m.onnx")
+        return
+    parity = lowbit.verify(f, lowbit.export.onnx(f, tmp_path / "m.onnx"), data)
+    assert parity.exact, str(parity)
+
+
+def test_a_sum_that_a_sign_reads_is_never_zero(tmp_path: Path) -> None:
+    """Floats miss zero by a hair on either side: the simulation would have signs of its own."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, bias=False), nn.Hardtanh()]
+    for _ in range(3):
+        layers += [nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.Hardtanh()]
+    data = torch.randn(16, 3, 8, 8)
+    q = lowbit.prepare(nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 36, 4)), "w1a1", data)
+    f = lowbit.freeze(lowbit.calibrate(q, data))
+    parity = lowbit.verify(f, lowbit.export.onnx(f, tmp_path / "m.onnx"), data)
+    assert all(layer.equal == 1.0 for layer in parity.layers)
+    assert min(layer.simulation_equal for layer in parity.layers[2:5]) > 0.998
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(256, 40), (131, 7), (5, 3)])
 @pytest.mark.parametrize("recipe", ["w1", "ternary"])

@@ -90,7 +90,7 @@ def demo(
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.safetensors", help="file to write")],
-    recipe: Annotated[str, typer.Option(help="preset (w8a8, w8, w4a8, w4, fp16) or YAML file")] = "w8a8",
+    recipe: Annotated[str, typer.Option(help="preset (w8a8, w4, w1, ternary, ...) or YAML file")] = "w8a8",
     data: OptionalData = None,
     weights: Weights = None,
     onnx: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="also write this file")] = None,

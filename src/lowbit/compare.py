@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from lowbit.core.affine import fake_quantize
 from lowbit.core.qtensor import sqnr_db
 from lowbit.core.spec import QuantSpec
+from lowbit.core.weight_observers import suits
 from lowbit.errors import LowbitError, expect
 from lowbit.graph.inputs import Inputs
 from lowbit.graph.match import input_quantizer, layer_nodes, rule_name, tail_of
@@ -367,7 +368,7 @@ def _override(q: QuantizedModel, worst: tuple[LayerError, ...]) -> str:
 
 def _short(spec: QuantSpec) -> str | dict[str, Any]:
     """The name of a spec, or the fields that are not as usual."""
-    usual = QuantSpec(bits=spec.bits).to_dict() | {"bits": None}
+    usual = QuantSpec(bits=8).to_dict() | {"bits": None}
     fields = {k: v for k, v in spec.to_dict().items() if v != usual[k]}
     return next((name for name, known in SPECS.items() if known == spec), fields)
 
@@ -375,5 +376,8 @@ def _short(spec: QuantSpec) -> str | dict[str, Any]:
 def _wider(layer: LayerError, rule: Rule) -> Rule:
     reason = f"adds the most error: {layer.alone_db:.1f} dB at {layer.weight}"
     if rule.weight is not None and rule.weight.bits < 8:
-        return replace(rule, match=layer.rule_name, weight=replace(rule.weight, bits=8), reason=reason)
+        wide = rule.weight.at(8)
+        observer = rule.weight_observer if suits(rule.weight_observer, wide) else "mse"
+        changes = {"match": layer.rule_name, "weight": wide, "weight_observer": observer, "reason": reason}
+        return replace(rule, **changes)  # type: ignore[arg-type]
     return Rule(match=layer.rule_name, reason=reason)

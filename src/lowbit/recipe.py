@@ -99,9 +99,9 @@ class Rule:
                 "activations have no fixed groups; use PerTensor or PerChannel for rule.activation"
             )
         if self.activation is not None and self.activation.granularity == PerChannel(0):
+            cure = "'sign'" if self.activation.is_binary else "UINT8 or granularity=PerTensor()"
             raise LowbitError(
-                "axis 0 of an activation is the batch, whose length changes; "
-                "use UINT8 or granularity=PerTensor() for rule.activation"
+                f"axis 0 of an activation is the batch, whose length changes; use {cure} for rule.activation"
             )
         if self.activation is not None and self.activation.mid_rise and not self.activation.is_binary:
             raise LowbitError(
@@ -158,18 +158,20 @@ class Recipe:
         object.__setattr__(self, "rules", tuple(_rule(entry) for entry in self.rules))
         if not self.rules:
             raise LowbitError("a recipe without rules quantizes nothing; add Rule(match='*', ...)")
-        for rule in self.rules:
-            self._check_estimator(rule.estimator)
+        if any(estimators.get(rule.estimator).one_bit for rule in self.rules):
+            self._check_one_bit()
         for step in self.refine:
             if step not in REFINEMENTS:
                 raise LowbitError(f"no refinement is named '{step}'{near_miss(step, REFINEMENTS)}")
 
-    def _check_estimator(self, name: str) -> None:
-        specs = [spec for rule in self.rules for spec in (rule.weight, rule.activation) if spec is not None]
-        if estimators.get(name).one_bit and all(spec.bits > 1 for spec in specs):
+    def _check_one_bit(self) -> None:
+        """An estimator of one bit may stand in rules of wider edges too, but somewhere it must have one."""
+        rules = [rule for rule in self.rules if estimators.get(rule.estimator).one_bit]
+        specs = [spec for rule in rules for spec in (rule.weight, rule.activation) if spec is not None]
+        if all(spec.bits > 1 for spec in specs):
             raise LowbitError(
-                f"estimator='{name}' is for codes of one bit, and the recipe has none; use 'lsq', or the "
-                "spec 'binary' for weights, 'sign' or 'bit' for activations"
+                f"estimator='{rules[0].estimator}' is for codes of one bit, and its rules have none; use "
+                "'lsq', or the spec 'binary' for weights, 'sign' or 'bit' for activations"
             )
 
     def resolve(self, targets: Sequence[Target]) -> dict[str, Rule | None]:
@@ -205,7 +207,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
-        """Inverse of `to_dict`; a spec may also be written as its name: int8, int4, uint8, fp16.
+        """Inverse of `to_dict`; a spec may also be written as its name; see `SPECS`.
 
         Raises:
             LowbitError: an unknown key or a value that is not one of its kind.
@@ -327,10 +329,10 @@ def preset(
 
     Below 8 bits the first and the last layer keep 8-bit weights and inputs. Where activations have fewer than
     8 bits, these are the inputs of layers; sums, averages and the residual stream keep 8. Codes of
-    1-bit to 3-bit weights are odd (-3, -1, 1 and 3): as many on either side. Activations of one bit are
-    signs, behind a ReLU 0 and 1. `ternary`, `ternarya8` and so on have weights of -1, 0 and 1; `b1.58` has
-    them with the mean magnitude of the tensor for the scale, and 8-bit activations. BatchNorm is kept for
-    training and folded at freeze.
+    `w1` to `w3` are odd (-3, -1, 1 and 3): as many on either side. Activations of one bit are signs, behind a
+    ReLU 0 and 1. `ternary`, `ternarya8` and so on have weights of -1, 0 and 1; `b1.58` has them with the mean
+    magnitude of the tensor for the scale, whatever the granularity, and 8-bit activations. BatchNorm is kept
+    for training and folded at freeze.
 
     Args:
         observer: how ranges of activations are chosen; see `lowbit.core.observers`.

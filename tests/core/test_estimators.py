@@ -240,7 +240,7 @@ def test_one_bit_follows_its_paper(name: str, kind: str, progress: float) -> Non
     spec, row, of = ONE_BIT_KINDS[kind], ONE_BIT[name], estimators.get(name)
     case = Case.of(spec)
     x, scale = case.x.clone().requires_grad_(), case.scale.clone().requires_grad_()
-    y = of(x, scale, case.zero_point, spec, 9, progress)
+    y = of(x, scale, case.zero_point, spec, 9, torch.tensor(progress))
     assert torch.equal(y, fake_quantize(case.x, case.scale, case.zero_point, spec))
     y.backward(case.g)
     v, c, _ = case.positions()
@@ -273,7 +273,7 @@ def test_scheduled_estimators_sharpen() -> None:
         for progress in (0.0, 1.0):
             leaf = x.clone().requires_grad_()
             estimators.get(name)(
-                leaf, torch.ones(1), None, ONE_BIT_KINDS["sign"], 1, progress
+                leaf, torch.ones(1), None, ONE_BIT_KINDS["sign"], 1, torch.tensor(progress)
             ).sum().backward()
             slopes.append(leaf.grad)
         assert tuple((slopes[1] > slopes[0]).tolist()) == rises
@@ -383,7 +383,7 @@ def test_dorefa_bends_weights_and_keeps_their_reach() -> None:
     assert estimators.get("dorefa").reshape == "tanh"
 
     def bend(w: Tensor) -> Tensor:
-        return reshapes.get("tanh")(w, QuantSpec(bits=4), 0.0)
+        return reshapes.get("tanh")(w, QuantSpec(bits=4))
 
     w = (2 * torch.randn(6, 5)).requires_grad_()
     g = torch.randn(6, 5)

@@ -26,7 +26,7 @@ def test_shapes_and_finiteness(name: str) -> None:
         torch.zeros(4, 0),
         torch.ones(1, 1),
     ):
-        got = reshapes.get(name)(w, ROWS, 0.5)
+        got = reshapes.get(name)(w, ROWS, torch.tensor(0.5))
         assert got.shape == w.shape
         assert torch.isfinite(got).all()
 
@@ -34,7 +34,7 @@ def test_shapes_and_finiteness(name: str) -> None:
 def test_standardize_balances_and_keeps_the_size() -> None:
     """The oracle: (w - m) / d times d as a constant, by autograd; no gradient along w itself."""
     w = (torch.randn(5, 40) * torch.tensor([1.0, 2.0, 0.1, 5.0, 1.0])[:, None] + 0.3).requires_grad_()
-    got = reshapes.get("standardize")(w, ROWS, 0.0)
+    got = reshapes.get("standardize")(w, ROWS)
     assert torch.allclose(got.mean(1), torch.zeros(5), atol=1e-6)
     assert torch.allclose(got.std(1), w.std(1), rtol=1e-5)
     g = torch.randn(5, 40)
@@ -46,14 +46,14 @@ def test_standardize_balances_and_keeps_the_size() -> None:
 
 
 def test_clip_is_the_interval_of_binary_connect() -> None:
-    got = reshapes.get("clip")(torch.tensor([[-3.0, 0.5, 1.0, 7.0]]), ROWS, 0.0)
+    got = reshapes.get("clip")(torch.tensor([[-3.0, 0.5, 1.0, 7.0]]), ROWS)
     assert got.tolist() == [[-1.0, 0.5, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.70), (1.0, 0.98)])
 def test_recu_clamps_the_tails(progress: float, share: float) -> None:
     w = torch.randn(3, 1000) * torch.tensor([1.0, 10.0, 0.1])[:, None]
-    got = reshapes.get("recu")(w, ROWS, progress)
+    got = reshapes.get("recu")(w, ROWS, torch.tensor(progress))
     kept = (got == w).float().mean(1)
     assert torch.allclose(kept, torch.full((3,), share), atol=2e-3)
     assert torch.equal(got.sign(), w.sign())

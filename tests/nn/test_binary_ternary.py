@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbit import LowbitError, PerChannel, PerTensor, QuantSpec
+import lowbit
+from lowbit import UINT8, LowbitError, PerChannel, PerTensor, QuantSpec, Recipe, Rule
 from lowbit.core.spec import BINARY, TERNARY
-from lowbit.nn.layers import QConv2d, QLinear
+from lowbit.nn.layers import QConv2d, QEmbedding, QLinear
 from lowbit.nn.quantizer import Quantizer
 from lowbit.training.schedule import set_progress
 
@@ -158,7 +160,12 @@ def test_progress_reaches_those_that_ask_for_it() -> None:
     recu = ready("binary", "approx_sign", "recu")[0]
     model = nn.ModuleList([asks, other, recu])
     set_progress(model, 0.25)
-    assert (asks.progress, other.progress, recu.progress) == (0.25, 0.0, 0.25)
+    assert (asks.progress, other.progress, recu.progress) == (0.25, None, 0.25)
+    fresh = ready("binary", "ede")[0]
+    fresh.load_state_dict(asks.state_dict())
+    assert fresh.progress == 0.25, "a checkpoint of training knows it"
+    asks.settle()
+    assert asks.progress is None
     with pytest.raises(LowbitError, match=r"share=1\.5 of training is not from 0 to 1; pass step / steps"):
         set_progress(model, 1.5)
 
@@ -188,3 +195,59 @@ def test_state_of_thresholds_and_sides_comes_back() -> None:
     fresh.load_state_dict(quantizer.state_dict())
     assert torch.equal(fresh(w).detach(), quantizer(w).detach())
     assert fresh.learned == quantizer.learned
+
+
+ODD = QuantSpec(bits=2, mid_rise=True, granularity=PerChannel(0))
+
+
+@pytest.mark.parametrize("spec", [BINARY, ODD, TERNARY], ids=str)
+def test_a_gain_of_zero_silences_a_channel(spec: QuantSpec) -> None:
+    """As at the start of a residual branch; odd codes have no zero, so their scale vanishes."""
+    q = QConv2d.from_float(nn.Conv2d(5, 6, 3), spec).eval()
+    q.weight_quantizer.take(q.weight_quantizer.fit(q.weight.detach()))
+    q.weight_quantizer.mode = "quantize"
+    q.settle()
+    q.rescale(torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0]).reshape(6, 1, 1, 1))
+    largest = q.effective_weight().abs().amax(dim=(1, 2, 3))
+    assert (largest[[0, 3]] < 1e-12).all()
+    assert (largest[[1, 2, 4, 5]] > 0.01).all()
+
+
+def test_rows_of_a_table_keep_a_scale_for_each_sign() -> None:
+    q = QEmbedding.from_float(nn.Embedding(10, 8), SPLIT).eval()
+    q.weight_quantizer.take(q.weight_quantizer.fit(q.weight.detach()))
+    q.weight_quantizer.mode = "quantize"
+    for index in (torch.randint(0, 10, (5, 2)), torch.randint(0, 10, (3,))):
+        want = q(index)
+        frozen = copy.deepcopy(q)
+        frozen.freeze()
+        assert torch.equal(frozen(index), want)
+
+
+def test_a_scale_for_each_sign_rests_while_bits_fall() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(16, 8)
+    rule = Rule(weight=SPLIT, weight_observer="ttq", activation=UINT8)
+    q = lowbit.calibrate(lowbit.prepare(net, Recipe(rules=(rule,)), x), x)
+    lowbit.Trainer(q, [(x, torch.randint(0, 3, (16,)))], epochs=3, bits=(32, 4, 2)).fit()
+    layer = q.get_submodule("graph.0")
+    assert layer.weight_quantizer.spec.split
+    assert set(layer.qweight().codes.unique().tolist()) == {-1, 0, 1}
+    before = q(x)
+    assert torch.allclose(lowbit.freeze(q)(x), before, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself
+def test_compile_sees_one_graph_whatever_the_progress() -> None:
+    quantizer, w = ready("binary", "ede")
+    graphs = []
+
+    def backend(gm: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(gm)
+        return gm.forward
+
+    quantizer.train()
+    compiled = torch.compile(quantizer, backend=backend)
+    for step in range(4):
+        set_progress(quantizer, step / 4)
+        compiled(w).sum().backward()
+    assert len(graphs) <= 2

@@ -219,6 +219,53 @@ def test_linear_layers_take_floats_and_bytes(weight: str, activation: Any) -> No
     assert torch.allclose(k(data), q(data), atol=1e-5 if activation is None else 0.01)
 
 
+class ChannelsLast(nn.Module):
+    """Linear layers over the last axis of images, as transformers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Linear(6, 16), nn.Linear(16, 12)
+        self.d = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardtanh(self.a(x)).permute(0, 2, 3, 1)
+        y = F.hardtanh(self.c(F.hardtanh(self.b(y))))
+        return self.d(y.mean((1, 2)))
+
+
+@pytest.mark.parametrize("recipe", ["w1a1", "ternarya8", "w1"])
+def test_linear_layers_on_images(recipe: str) -> None:
+    data = images()
+    q = frozen(ChannelsLast(), recipe, data)
+    k = q.compile_kernels()
+    assert swapped(k) == 2
+    assert follows(k, q, data)
+
+
+def test_other_arguments_of_a_layer_are_kept() -> None:
+    class Upsampling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.up = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.a(x), output_size=[22, 22])
+
+    q = lowbit.quantize(Upsampling(), "w8", images())
+    x = images(2)
+    found = q.compile_kernels()(x)
+    assert found.shape == (2, 3, 22, 22)
+    assert torch.allclose(found, q(x), atol=1e-5)
+
+
+def test_signed_codes_of_one_bit_are_no_signs() -> None:
+    rule = Rule(weight=BINARY, activation=replace(UINT8, bits=1, signed=True))
+    q = lowbit.quantize(nn.Linear(9, 3), Recipe(rules=(rule,)), torch.randn(5, 9))
+    k = q.compile_kernels()
+    assert "use the spec 'sign' or 'bit'" in k.swaps[0].why
+    assert torch.allclose(k(torch.ones(2, 9)), q(torch.ones(2, 9)), atol=1e-5)
+
+
 def test_a_model_that_is_not_frozen() -> None:
     q = lowbit.prepare(nn.Linear(4, 3), "w8", torch.randn(2, 4))
     with pytest.raises(LowbitError, match=r"this model has float weights; call lowbit\.freeze\(q\)"):

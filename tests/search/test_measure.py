@@ -226,6 +226,16 @@ def test_candidates_may_be_specs() -> None:
     assert q.cost().average_bits == 1.0
 
 
+def test_a_recipe_keeps_what_was_measured() -> None:
+    """A weight observer that is for ternary codes stands only where these were chosen."""
+    rule = Rule(weight=replace(TERNARY, split=True), weight_observer="ttq", activation=UINT8)
+    q = lowbit.prepare(network(), Recipe(rules=(rule,)), data()[0][0])
+    table = sensitivity(q, data(), bits=(8, rule.weight), kinds=("weight",))  # type: ignore[arg-type]
+    for bits, observer in ((8.0, "mse"), (2.0, "ttq")):
+        rules = allocate(table, Budget(average_bits=bits)).recipe.rules
+        assert {r.weight_observer for r in rules if r.match in ("a", "b", "fc")} == {observer}
+
+
 def test_narrow_weights_have_odd_codes_as_in_presets() -> None:
     assert narrowed(INT8, 2, "weight") == replace(INT8, bits=2, mid_rise=True)
     assert narrowed(INT8, 4, "weight") == INT4

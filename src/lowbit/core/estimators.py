@@ -48,7 +48,7 @@ class Local:
     # between the outermost codes, zero point taken off
     middle: Tensor | float = 0.0
     # of training, from 0 to 1
-    progress: float = 0.0
+    progress: Tensor | float = 0.0
 
     @property
     def rest(self) -> Tensor:
@@ -100,7 +100,7 @@ class Estimator:
         zero_point: Tensor | None,
         spec: QuantSpec,
         count: int,
-        progress: float = 0.0,
+        progress: Tensor | None = None,
     ) -> Tensor:
         """Quantize and dequantize `x`, with this estimator's gradients.
 
@@ -110,7 +110,7 @@ class Estimator:
             zero_point: as shaped as the scale, whole numbers of any type; None when the spec is symmetric.
             spec: of kind "int".
             count: elements that share a scale, for the size of its gradient.
-            progress: of training, from 0 to 1.
+            progress: of training, from 0 to 1, in one element; None is 0.
         """
         more = (spec, self, gain_of(count, spec), progress)
         return _FakeQuantize.apply(x, scale, zero_point, *more)  # type: ignore[no-untyped-call]
@@ -168,15 +168,15 @@ class _FakeQuantize(torch.autograd.Function):
         spec: QuantSpec,
         of: Estimator,
         gain: float,
-        progress: float,
+        progress: Tensor | None,
     ) -> Tensor:
-        ctx.spec, ctx.of, ctx.gain, ctx.progress = spec, of, gain, progress
+        ctx.spec, ctx.of, ctx.gain = spec, of, gain
         ctx.fused = of.fused if _is_fused(x, scale, spec) else None
         if ctx.fused == "mask":
             y, mask = kernels.fake_quantize_masked(x, scale, zero_point, spec.qmin, spec.qmax, spec.mid_rise)
             ctx.save_for_backward(mask)
             return y
-        ctx.save_for_backward(x, scale, zero_point)
+        ctx.save_for_backward(x, scale, zero_point, progress)
         return fake_quantize(x, scale, zero_point, spec)
 
     @staticmethod
@@ -184,7 +184,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.fused == "mask":
             (mask,) = ctx.saved_tensors
             return kernels.fake_quantize_masked_backward(g, mask), *[None] * 6
-        x, scale, zero_point = ctx.saved_tensors
+        x, scale, zero_point, ctx.progress = ctx.saved_tensors
         gx, *sums = _gradients(ctx, g, x, scale, zero_point)
         asked = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         gains = [
@@ -220,7 +220,8 @@ def _local(ctx: Any, g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | N
     margin = spec.step - 1  # half a step on either side of odd codes
     inside = (spec.qmin - margin - zero <= v) & (v <= spec.qmax + margin - zero)
     middle = (spec.qmin + spec.qmax) / 2 - zero
-    return Local(g, v, y / each, inside, each, spec.step, middle, ctx.progress)
+    progress = 0.0 if ctx.progress is None else ctx.progress
+    return Local(g, v, y / each, inside, each, spec.step, middle, progress)
 
 
 def _sum(t: Tensor | None, scale: Tensor) -> Tensor | None:
@@ -348,8 +349,8 @@ def ede(at: Local) -> Gradients:
     r = 0.1 * 100^p: at first nearly straight through everywhere, at last nearly the sign. Qin et al. 2020,
     "Forward and backward information retention (IR-Net)", eq. 10 to 12.
     """
-    sharpness = 10.0 ** (2 * at.progress - 1)
-    slope = max(1.0, sharpness) * (1 - torch.tanh(sharpness * at.side).square())
+    sharpness = 10.0 ** (2 * torch.as_tensor(at.progress) - 1)
+    slope = sharpness.clamp(min=1.0) * (1 - torch.tanh(sharpness * at.side).square())
     return _one_bit(at, slope)
 
 
@@ -360,7 +361,7 @@ def reste(at: Local) -> Gradients:
     Nearer to 0 the slope is that of the chord to 0.1, beyond 1.5 it is 0. Wu et al. 2023, "Estimator meets
     equilibrium perspective", eq. 8 to 11.
     """
-    power = 1 + (RESTE_POWER - 1) * at.progress
+    power = 1 + (RESTE_POWER - 1) * torch.as_tensor(at.progress)
     size = at.side.abs()
     steep = size.clamp(min=RESTE_NEAR) ** (1 / power - 1) / power
     chord = RESTE_NEAR ** (1 / power - 1)

@@ -93,7 +93,7 @@ def given_threshold(x: Tensor, threshold: Tensor, spec: QuantSpec) -> Fit:
         LowbitError: the spec is not ternary.
     """
     if not spec.is_ternary:
-        raise LowbitError(f"a threshold separates ternary codes, and the spec is {spec}; use TERNARY")
+        raise LowbitError(f"a threshold separates ternary codes, and the spec is {spec}; use a ternary one")
     rows, ends = _rows(x, spec).double(), threshold.reshape(-1, 1).double()
 
     def mean(survivors: Tensor) -> Tensor:
@@ -124,4 +124,8 @@ def _best_survivors(magnitudes: Tensor) -> Tensor:
 def _shaped(scale: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
     """One number for each scale, as it is kept: for zero the smallest there is."""
     scale = scale.float().clamp(min=MIN_SCALE)
-    return (power_of_two(scale) if spec.scale == "pow2" else scale).reshape(spec.scale_shape(x.shape))
+    if spec.scale == "pow2":
+        # of the powers around the optimum a the one of less error, which grows with |s - a|^2
+        above = power_of_two(scale)
+        scale = torch.where(above - scale <= scale - above / 2, above, above / 2)
+    return scale.reshape(spec.scale_shape(x.shape))

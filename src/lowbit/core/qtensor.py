@@ -97,7 +97,7 @@ class QTensor:
             LowbitError: each sign has a scale of its own.
         """
         if self.spec.split:
-            raise LowbitError("codes with a scale for each sign are no integers; use TERNARY, without split")
+            raise LowbitError("codes with a scale for each sign are no integers; leave split out of the spec")
         factor = 1 << max(0, bits - self.spec.code_bits)
         zero = None if self.zero_point is None else self.zero_point * factor
         spec = replace(self.spec, bits=max(bits, self.spec.code_bits), mid_rise=False)

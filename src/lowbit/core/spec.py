@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -220,6 +220,10 @@ class QuantSpec:
         if self.bits <= 8:
             return torch.int8 if self.signed else torch.uint8
         return torch.int16 if self.signed or self.bits < 16 else torch.int32
+
+    def at(self, bits: int) -> QuantSpec:
+        """The spec at another width, in plain codes: neither odd nor with a scale for each sign."""
+        return self if bits == self.bits else replace(self, bits=bits, mid_rise=False, split=False)
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the scale of a tensor of that shape; it has the same rank.

@@ -23,7 +23,7 @@ __all__ = ["check_weight_observer", "fit", "suits", "weight_observers"]
 WeightObserver = Callable[[Tensor, QuantSpec], Fit]
 weight_observers: Registry[WeightObserver] = Registry("weight observer")
 # which specs the others are for
-_NEEDS = {"absmean": "binary or ternary", "twn": "ternary", "ttq": "ternary"}
+_NEEDS = {"absmean": "binary or ternary (without split)", "twn": "ternary", "ttq": "ternary"}
 
 
 def fit(x: Tensor, spec: QuantSpec, observer: str = "mse") -> Fit:
@@ -43,7 +43,11 @@ def fit(x: Tensor, spec: QuantSpec, observer: str = "mse") -> Fit:
 def suits(observer: str, spec: QuantSpec) -> bool:
     """Whether a weight observer is for that spec."""
     needs = _NEEDS.get(observer)
-    return needs is None or spec.is_ternary or (spec.is_binary and "binary" in needs)
+    if needs is None:
+        return True
+    return (spec.is_ternary and not (spec.split and observer == "absmean")) or (
+        spec.is_binary and "binary" in needs
+    )
 
 
 def check_weight_observer(name: str, spec: QuantSpec) -> None:

@@ -254,7 +254,7 @@ def _fill(gm: fx.GraphModule, record: Record, tensors: dict[str, Tensor]) -> Non
 def _fill_quantizer(
     path: str, quantizer: Quantizer, spec: QuantSpec, mode: str, tensors: dict[str, Tensor]
 ) -> set[str]:
-    quantizer.spec, quantizer.observer = spec, None
+    quantizer.spec, quantizer.observer, quantizer.progress = spec, None, None
     quantizer.mode = "quantize" if mode == "quantize" else "off"
     none_yet = None if spec.symmetric else torch.empty(0, dtype=torch.int32)
     for name, default in (("scale", torch.empty(0)), ("negative_scale", None), ("zero_point", none_yet)):
@@ -321,7 +321,7 @@ def _special_names(gm: fx.GraphModule) -> set[str]:
         if isinstance(module, QLayer):
             found.add(_codes_name(path))
         elif isinstance(module, Quantizer):
-            found |= {f"{path}.{name}" for name in TRAINED}
+            found |= {f"{path}.{name}" for name in (*TRAINED, "progress")}
     return found
 
 

@@ -40,21 +40,39 @@ class Cursor:
 
     @torch.inference_mode()
     def behind(self) -> list[Any]:
-        """The output for each batch, from the cursor on; the cursor stays where it is."""
+        """The output for each batch, from the cursor on; the cursor stays where it is.
+
+        Batch after batch, so that what a node gives is still in the cache when the next one reads it; where
+        `after` wants all batches of a node, node after node.
+        """
+        if self.after is None:
+            return [self._one(k) for k in range(len(self.starts))]
         values, outputs = dict(self.values), []
         for node in self.nodes[self.at :]:
             outputs = self._run(node, values)
         return outputs
 
+    def _one(self, k: int) -> Any:
+        """The output for one batch."""
+        values: Values = {node: [held[k]] for node, held in self.values.items()}
+        found = None
+        for node in self.nodes[self.at :]:
+            found = self._value(node, values, k, 0)
+            values[node] = [found]
+            for dead in self.dead.get(node, ()):
+                del values[dead]
+        return found
+
     def _run(self, node: fx.Node, values: Values) -> list[Any]:
-        found = [self._value(node, values, k) for k in range(len(self.starts))]
+        found = [self._value(node, values, k, k) for k in range(len(self.starts))]
         values[node] = found = found if self.after is None else self.after(node, found)
         for dead in self.dead.get(node, ()):
             del values[dead]
         return found
 
-    def _value(self, node: fx.Node, values: Values, k: int) -> Any:
+    def _value(self, node: fx.Node, values: Values, batch: int, at: int) -> Any:
+        """What a node gives for a batch, whose values stand at that place."""
         if node.op == "placeholder":
-            return self.starts[k][node.name]
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n][k])
+            return self.starts[batch][node.name]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n][at])
         return evaluate(self.gm, node, args, kwargs)

@@ -24,11 +24,14 @@ __all__ = [
     "is_global_pool",
     "layer_nodes",
     "max_pool_of",
+    "moves_of",
     "never_negative",
     "operands",
     "operations",
+    "pads",
     "path_name",
     "quantizer_of",
+    "quantizers_behind",
     "rule_name",
     "source_of",
     "tail_of",
@@ -129,6 +132,18 @@ def quantizer_of(node: fx.Node) -> Quantizer | None:
     return module if isinstance(module, Quantizer) else None
 
 
+def quantizers_behind(node: fx.Node) -> list[Quantizer]:
+    """The quantizers that read what a node writes, perhaps clamped."""
+    found: list[Quantizer] = []
+    for user in node.users:
+        module = module_of(user) if user.op == "call_module" else None
+        if isinstance(module, Quantizer):
+            found.append(module)
+        elif kind_of(user) == "clamp":
+            found += quantizers_behind(user)
+    return found
+
+
 def input_quantizer(node: fx.Node) -> Quantizer | None:
     """The quantizer whose codes a layer call reads, perhaps moved; None when it reads floats."""
     quantizer = quantizer_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
@@ -143,6 +158,21 @@ def is_global_pool(node: fx.Node) -> bool:
     assert isinstance(source, fx.Node)
     adaptive = label(node).lower() in ("adaptiveavgpool2d", "adaptive_avg_pool2d")
     return value.ndim == 4 and tuple(value.shape[2:]) == (1, 1) and adaptive
+
+
+def moves_of(node: fx.Node) -> Iterator[fx.Node]:
+    """The node itself and those before it, as long as they only move values."""
+    while kind_of(node) == "pass":
+        yield node
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return
+        node = source
+
+
+def pads(node: fx.Node) -> bool:
+    """Whether a node that moves values puts zeros around them."""
+    return label(node).lower() in ("pad", "zeropad2d")
 
 
 def max_pool_of(node: fx.Node) -> dict[str, Any] | None:

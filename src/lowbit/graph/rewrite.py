@@ -36,10 +36,12 @@ def insert_after(
     return call
 
 
-def retarget(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> None:
-    """Let a node call `module`, added at `path`, on its first argument, whatever it called before."""
+def retarget(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module, *, whole: bool = False) -> None:
+    """Let a node call `module`, added at `path`, on its first argument, or on all when `whole`."""
     gm.add_submodule(path, module)
-    node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
+    node.op, node.target = "call_module", path
+    if not whole:
+        node.args, node.kwargs = (node.args[0],), {}
 
 
 def remove(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,13 +34,22 @@ __all__ = [
 
 
 class Pack(nn.Module):
-    """Floats to the packed codes of a quantizer."""
+    """Floats to the packed codes of a quantizer.
 
-    def __init__(self, grid: Grid, groups: int) -> None:
+    Channels are axis 1 of images, and for linear layers (`rows`) the last axis of anything.
+    """
+
+    def __init__(self, grid: Grid, groups: int, rows: bool) -> None:
         super().__init__()
-        self.grid, self.groups = grid, groups
+        self.grid, self.groups, self.rows = grid, groups, rows
 
     def forward(self, x: Tensor) -> PackedInput:
+        if not self.rows:
+            return self._packed(x)
+        found = self._packed(x.flatten(0, -2))
+        return replace(found, words=found.words.reshape(*x.shape[:-1], -1))
+
+    def _packed(self, x: Tensor) -> PackedInput:
         spec, grid = self.grid.spec, self.grid
         if spec.is_binary:
             return bits.pack_signs(x, groups=self.groups)
@@ -163,10 +172,13 @@ class BitLinear(BitLayer):
     """y = x W^T + b."""
 
     def forward(self, x: PackedInput | Tensor) -> Tensor | PackedInput:
-        if isinstance(x, Tensor) or isinstance(self.end, Affine):
-            assert isinstance(self.end, Affine)
-            return bits.linear(x, self.weight, self.end)
-        return bits.linear(x, self.weight, self.end)
+        lead = x.shape[:-1] if isinstance(x, Tensor) else x.words.shape[:-1]
+        rows = x.flatten(0, -2) if isinstance(x, Tensor) else replace(x, words=x.words.flatten(0, -2))
+        if isinstance(rows, PackedInput) and isinstance(self.end, Threshold):
+            found = bits.linear(rows, self.weight, self.end)
+            return replace(found, words=found.words.reshape(*lead, -1))
+        assert isinstance(self.end, Affine)
+        return bits.linear(rows, self.weight, self.end).reshape(*lead, -1)
 
 
 class BitConv2d(BitLayer):
@@ -230,6 +242,8 @@ def obstacle_of(layer: nn.Module, source: Quantizer | None) -> str:
     scale, grid = layer.weight_quantizer.scale, None if source is None else grid_of(source)
     if scale.numel() not in (1, scale.shape[0]):
         return "its scales do not leave the sum of an output"
+    if grid is not None and grid.spec.bits == 1 and grid.spec.signed and not grid.spec.mid_rise:
+        return "its input has the codes -1 and 0; use the spec 'sign' or 'bit'"
     if source is not None and (grid is None or grid.spec.bits > 8):
         return f"its input is {source.spec}, not codes of 8 bits or fewer with one scale"
     if isinstance(layer, QConv2d):

@@ -116,7 +116,8 @@ class QLayer(nn.Module):
             self.weight = nn.Parameter(self.weight.detach() * factor)
             return 0
         before, spec = self.qweight(), quantizer.spec
-        size = torch.where(factor == 0, 1.0, factor.abs())
+        # codes with a zero turn to it; odd ones have none, and their scale vanishes
+        size = factor.abs() if spec.mid_rise else torch.where(factor == 0, 1.0, factor.abs())
         scale = (self._of_each_channel(before.scale) * size).clamp(min=MIN_SCALE)
         negative = before.negative_scale
         if negative is not None:
@@ -236,8 +237,9 @@ class QEmbedding(QLayer, nn.Embedding):
         def pick(t: Tensor) -> Tensor:
             return t if t.shape[0] == 1 else t[rows]
 
-        zero = None if table.zero_point is None else pick(table.zero_point)
-        picked = replace(table, codes=table.codes[rows], scale=pick(table.scale), zero_point=zero)
+        zero, negative = (None if t is None else pick(t) for t in (table.zero_point, table.negative_scale))
+        scales = {"scale": pick(table.scale), "zero_point": zero, "negative_scale": negative}
+        picked = replace(table, codes=table.codes[rows], **scales)  # type: ignore[arg-type]
         return picked.dequantize().reshape(*input.shape, self.embedding_dim)
 
 

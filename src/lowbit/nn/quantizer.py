@@ -41,8 +41,6 @@ class Quantizer(nn.Module):
     zero point have the rank of the tensor and are empty until a range is known; they are buffers, or
     Parameters once `learn` has been called and the estimator trains them.
 
-    Attributes:
-        progress: of training, from 0 to 1; for estimators that change as it goes on.
     """
 
     scale: Tensor
@@ -54,6 +52,8 @@ class Quantizer(nn.Module):
     # largest magnitude that the tensor has had of late, in the shape of the scale: what a scale that is not
     # learned follows; None before training
     reach: Tensor | None
+    # of training, from 0 to 1, for estimators and reshapes that change as it goes on; None for others
+    progress: Tensor | None
     # mean of the scale when it began to be trained: the size of its steps goes with it; None before
     unit: Tensor | None
 
@@ -74,12 +74,13 @@ class Quantizer(nn.Module):
         self.weight_observer = weight_observer
         # what is done to a weight before it is rounded
         self.reshape = reshapes.get(reshape or self.estimator.reshape) if self.is_weight else None
-        self.progress = 0.0
         self.mode: Mode = "off"
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", None if spec.symmetric else torch.empty(0, dtype=torch.int32))
-        for name in ("negative_scale", "threshold", "reach", "unit"):
+        for name in ("negative_scale", "threshold", "reach", "unit", "progress"):
             self.register_buffer(name, None)
+        if self.scheduled:
+            self.progress = torch.zeros(())
 
     @property
     def ready(self) -> bool:
@@ -114,10 +115,10 @@ class Quantizer(nn.Module):
         """Use these scales from now on."""
         for name in TRAINED:
             old, value = getattr(self, name), getattr(found, name)
-            if isinstance(old, nn.Parameter) and value is not None:
-                old.data = value.to(old.dtype)
-            else:
+            if not isinstance(old, nn.Parameter):
                 setattr(self, name, value)
+            elif value is not None:  # else it rests: a stage of more bits has no scale for each sign
+                old.data = value.to(old.dtype)
         self.threshold, self.reach = found.threshold, None
 
     def finish_observing(self) -> bool:
@@ -167,7 +168,7 @@ class Quantizer(nn.Module):
         assert scale is not None
         self.scale, self.zero_point = scale, zero_point if zero_point is None else zero_point.int()
         self.negative_scale = negative if negative is None else negative.detach().clone()
-        self.reach = self.unit = self.threshold = self.reshape = None
+        self.reach = self.unit = self.threshold = self.progress = self.reshape = None
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point as the forward pass uses them.
@@ -192,7 +193,11 @@ class Quantizer(nn.Module):
 
     def _negative(self) -> Tensor | None:
         """The scale of negative codes as the forward pass uses it."""
-        return None if self.negative_scale is None else self._positive(self.negative_scale)
+        return (
+            self._positive(self.negative_scale)
+            if self.spec.split and self.negative_scale is not None
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "observe":
@@ -207,7 +212,7 @@ class Quantizer(nn.Module):
             return fake_quantize(x, self.scale, self.zero_point, self.spec)
         x = self._trained_on(x) if self.training and torch.is_grad_enabled() else self.reshaped(x.float())
         scale, zero_point = self.grid()
-        if self.threshold is not None or self.negative_scale is not None:
+        if self.threshold is not None or self.spec.split:
             return self._on_levels(x, scale)
         if not torch.is_grad_enabled():
             return fake_quantize(x, scale, zero_point, self.spec)
@@ -309,7 +314,7 @@ class Quantizer(nn.Module):
         if saved is not None and (saved.numel() or self.spec.kind == "float"):
             self.observer, self.mode = None, "quantize"
             self.reach = None  # a state from before training has none
-        for name in (*TRAINED, "threshold", "reach", "unit"):
+        for name in (*TRAINED, "threshold", "reach", "unit", "progress"):
             value = state_dict.get(prefix + name)
             old = getattr(self, name)
             if value is None:

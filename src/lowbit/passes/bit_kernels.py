@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,15 @@ from torch import fx, nn
 
 from lowbit.core import integer
 from lowbit.core.integer import Grid
-from lowbit.graph.match import input_quantizer, layer_nodes, max_pool_of, path_name, source_of
+from lowbit.graph.match import (
+    input_quantizer,
+    layer_nodes,
+    max_pool_of,
+    moves_of,
+    pads,
+    path_name,
+    source_of,
+)
 from lowbit.graph.ops import clamp_bounds, kind_of, label, module_of
 from lowbit.graph.rewrite import finish, insert_after, remove, retarget
 from lowbit.nn.bit_layers import (
@@ -75,7 +82,7 @@ def use_bit_kernels(gm: fx.GraphModule) -> list[Swap]:
             continue
         swaps.append(Swap(_name(node), "float", why))
         if isinstance(layer, QLayer):
-            retarget(gm, node, f"decoded.{node.name}", _decoded(layer, inputs[node]))
+            retarget(gm, node, f"decoded.{node.name}", _decoded(layer, inputs[node]), whole=True)
     finish(gm)
     return swaps
 
@@ -86,7 +93,8 @@ def _obstacle(node: fx.Node) -> str:
     if not isinstance(layer, QLayer):
         return "its weight is in float"
     signs = quantizer is not None and quantizer.spec.is_binary
-    if signs and any(label(n).lower() in ("pad", "zeropad2d") for n in _between(node)):
+    source = node.args[0]
+    if signs and isinstance(source, fx.Node) and any(map(pads, moves_of(source))):
         return "its signs are padded with zeros before it; give the layer that padding"
     return obstacle_of(layer, quantizer)
 
@@ -95,14 +103,6 @@ def _quantizer_node(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source_of(source)
-
-
-def _between(node: fx.Node) -> Iterator[fx.Node]:
-    """What moves codes on their way from the quantizer to a layer, the last first."""
-    source = node.args[0]
-    while isinstance(source, fx.Node) and kind_of(source) == "pass":
-        yield source
-        source = source.args[0]
 
 
 def _grid(quantizer: fx.Node) -> Grid:
@@ -115,20 +115,20 @@ def _grid(quantizer: fx.Node) -> Grid:
 
 def _use_bits(gm: fx.GraphModule, quantizer: fx.Node, nodes: list[fx.Node]) -> None:
     """Swap the layers that read a quantizer, and pack for them: once for all where nobody else reads it."""
-    grid, groups = _grid(quantizer), {_groups(node) for node in nodes}
-    moves = _moves(quantizer, set(nodes), pooled=grid.spec.bits == 1)
+    grid, kinds = _grid(quantizer), {_packing(node) for node in nodes}
+    moves = _moves(quantizer, set(nodes), pooled=grid.spec.bits == 1) if len(kinds) == 1 else None
     for node in nodes:
         layer = module_of(node)
         assert isinstance(layer, QLayer)
-        if moves is None or len(groups) > 1:
+        if moves is None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            insert_after(gm, source, f"packed.{node.name}", Pack(grid, _groups(node)), readers=[node])
+            insert_after(gm, source, f"packed.{node.name}", Pack(grid, *_packing(node)), readers=[node])
         bit = BitConv2d(layer, grid) if isinstance(layer, QConv2d) else BitLinear(layer, grid)
         retarget(gm, node, f"bits.{node.name}", bit)
-    if moves is None or len(groups) > 1:
+    if moves is None:
         return
-    retarget(gm, quantizer, f"packed.{quantizer.name}", Pack(grid, groups.pop()))
+    retarget(gm, quantizer, f"packed.{quantizer.name}", Pack(grid, *kinds.pop()))
     for move in moves:
         window = max_pool_of(move)
         if window is None:
@@ -198,8 +198,10 @@ def _hidden(gm: fx.GraphModule) -> list[str]:
     return [path for path, m in gm.named_modules() if isinstance(m, QLayer) and path not in called]
 
 
-def _groups(node: fx.Node) -> int:
-    return int(getattr(module_of(node), "groups", 1))
+def _packing(node: fx.Node) -> tuple[int, bool]:
+    """How a layer wants its input: in so many groups, and whether channels are the last axis."""
+    layer = module_of(node)
+    return int(getattr(layer, "groups", 1)), isinstance(layer, QLinear)
 
 
 def _name(node: fx.Node) -> str:

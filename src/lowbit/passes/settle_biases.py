@@ -7,9 +7,10 @@ from torch import fx, nn
 
 from lowbit.core.affine import power_of_two
 from lowbit.core.integer import bias_codes
-from lowbit.graph.match import calls, input_quantizer, layer_nodes
+from lowbit.graph.match import calls, input_quantizer, layer_nodes, quantizers_behind
 from lowbit.graph.ops import module_of
 from lowbit.nn.layers import QLayer, kernel_bits
+from lowbit.nn.quantizer import Quantizer
 
 __all__ = ["settle_biases"]
 
@@ -18,32 +19,48 @@ def settle_biases(gm: fx.GraphModule) -> None:
     """Put biases on the grid of 32-bit codes at the scale of the accumulator, in place.
 
     A channel so small that its bias would not fit gets a larger scale. A layer called once keeps the rounded
-    bias, so that the simulation adds what the kernel adds.
+    bias, so that the simulation adds what the kernel adds. Where a sign is read from the sums, no bias is a
+    multiple of what one product of codes adds: a sum of exactly zero, which floats miss by a hair on either
+    side, then cannot be.
     """
     counts = calls(gm)
     for node in layer_nodes(gm):
         layer, source = module_of(node), input_quantizer(node)
-        if (
-            not isinstance(layer, QLayer)
-            or layer.frozen_spec is not None
-            or source is None
-            or layer.bias is None
-        ):
+        if not isinstance(layer, QLayer) or layer.frozen_spec is not None or source is None:
             continue
-        quantizer, bias = layer.weight_quantizer, layer.bias.detach()
+        quantizer, signs = layer.weight_quantizer, any(q.spec.is_binary for q in quantizers_behind(node))
         integer = quantizer.spec.kind == "int" and source.spec.kind == "int" and not quantizer.spec.split
+        once = counts[id(layer)] == 1
         if not integer or source.scale.numel() != 1:
             continue
-        # steps of the accumulator, as fine as the kernel's codes allow
-        spare = kernel_bits(quantizer.spec, source.spec) - quantizer.spec.code_bits
-        step = source.scale.reshape(()) / (1 << spare)
-        need = bias.abs() / (step * 2.0**30)
-        if quantizer.spec.scale == "pow2":
-            need = power_of_two(need)
-        if quantizer.scale.numel() != bias.numel():
-            quantizer.scale = torch.maximum(quantizer.scale, need.max())
-        else:
-            quantizer.scale = torch.maximum(quantizer.scale, need.reshape(quantizer.scale.shape))
-        scale = step * quantizer.scale.reshape(-1)
-        if counts[id(layer)] == 1 and scale.numel() in (1, bias.numel()):
-            layer.bias = nn.Parameter(bias_codes(bias, scale) * scale)
+        if getattr(layer, "bias", None) is None and signs and once:
+            layer.bias = nn.Parameter(torch.zeros(_outputs(node), device=quantizer.scale.device))
+        if layer.bias is not None:
+            _settle(layer, source, once=once, signs=signs)
+
+
+def _settle(layer: QLayer, source: Quantizer, *, once: bool, signs: bool) -> None:
+    assert layer.bias is not None
+    quantizer, bias = layer.weight_quantizer, layer.bias.detach()
+    # steps of the accumulator, as fine as the kernel's codes allow
+    spare = kernel_bits(quantizer.spec, source.spec) - quantizer.spec.code_bits
+    step = source.scale.reshape(()) / (1 << spare)
+    need = bias.abs() / (step * 2.0**30)
+    if quantizer.spec.scale == "pow2":
+        need = power_of_two(need)
+    if quantizer.scale.numel() != bias.numel():
+        quantizer.scale = torch.maximum(quantizer.scale, need.max())
+    else:
+        quantizer.scale = torch.maximum(quantizer.scale, need.reshape(quantizer.scale.shape))
+    scale = step * quantizer.scale.reshape(-1)
+    if once and scale.numel() in (1, bias.numel()):
+        codes = bias_codes(bias, scale)
+        if signs and spare:
+            codes += (codes % (1 << spare) == 0).int()
+        layer.bias = nn.Parameter(codes * scale)
+
+
+def _outputs(node: fx.Node) -> int:
+    """Channels that a call writes."""
+    value, last = node.meta["value"], isinstance(module_of(node), nn.Linear)
+    return int(value.shape[-1 if last else 1])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lowbit.core.spec import QuantSpec
+from lowbit.core.weight_observers import suits
 from lowbit.errors import LowbitError
 from lowbit.recipe import Recipe, exactly
 from lowbit.search.table import KINDS, Sensitivity, Site
@@ -87,8 +88,12 @@ class Allocation:
         for rule in self.table.recipe.rules:
             found = {kind: chosen[rule.match, kind] for kind in KINDS if (rule.match, kind) in chosen}
             specs = {kind: self.specs[site.path] for kind, site in found.items()}
+            observer = rule.weight_observer
+            if "weight" in specs and not suits(observer, specs["weight"]):
+                observer = "mse"  # as it was measured
             why = "; ".join(f"{kind} {self.reason(site)}" for kind, site in found.items())
-            rules.append(replace(rule, **specs, reason=why or rule.reason))  # type: ignore[arg-type]
+            changes = {**specs, "weight_observer": observer, "reason": why or rule.reason}
+            rules.append(replace(rule, **changes))  # type: ignore[arg-type]
         return replace(self.table.recipe, rules=tuple(rules))
 
     def reason(self, site: Site) -> str:

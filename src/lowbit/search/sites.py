@@ -68,7 +68,7 @@ class Place:
 def narrowed(spec: QuantSpec, bits: int, kind: str) -> QuantSpec:
     """A spec at another width: as presets have it, weights of 2 and 3 bits have odd codes."""
     plain = spec.signed and spec.symmetric and not spec.narrow and spec.rounding == "half_even"
-    return replace(spec, bits=bits, mid_rise=kind == "weight" and bits <= 3 and plain, split=False)
+    return replace(spec.at(bits), mid_rise=kind == "weight" and bits <= 3 and plain)
 
 
 def candidates_of(place: Place, candidates: Sequence[Candidate]) -> list[QuantSpec]:

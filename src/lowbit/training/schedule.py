@@ -118,8 +118,8 @@ def set_progress(model: nn.Module, share: float) -> None:
     Raises:
         LowbitError: the share is not from 0 to 1.
     """
-    if not 0 <= share <= 1:
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise LowbitError(f"share={share!r} of training is not from 0 to 1; pass step / steps")
     for module in model.modules():
-        if isinstance(module, Quantizer) and module.scheduled:
-            module.progress = float(share)
+        if isinstance(module, Quantizer) and module.progress is not None:
+            module.progress.fill_(share)

@@ -6,7 +6,6 @@ Zhuang et al. 2018, "Towards effective low-bitwidth convolutional neural network
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import nn
 
@@ -86,7 +85,7 @@ def enter(model: nn.Module, targets: Mapping[str, QuantSpec], bits: int, *, sear
 
 
 def _widened(spec: QuantSpec, bits: int) -> QuantSpec:
-    return replace(spec, bits=bits, mid_rise=False, split=False) if spec.bits < bits else spec
+    return spec.at(bits) if spec.bits < bits else spec
 
 
 def _range(quantizer: Quantizer) -> tuple:  # type: ignore[type-arg]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
+from lowbit.graph.match import path_name
+from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 
 __all__ = ["starved"]
@@ -13,17 +14,18 @@ __all__ = ["starved"]
 SHARE = 0.5
 
 
-def starved(model: nn.Module) -> list[str]:
+def starved(q: QuantizedModel) -> list[str]:
     """A sentence for each layer most of whose weights get no gradient, because they lie outside the clip."""
     found = []
-    for path, layer in model.named_modules():
+    for path, layer in q.graph.named_modules():
         if isinstance(layer, QLayer) and layer.frozen_spec is None and layer.weight_quantizer.ready:
             share = _without_gradient(layer)
             if share > SHARE:
+                name = path_name(q.graph, path)
                 found.append(
-                    f"'{path}': {share:.0%} of the weights lie where their estimator has no gradient, and "
-                    "no longer move; in the rule reshape='recu' or 'clip' brings them back, and "
-                    "estimator='ede' reaches them"
+                    f"'{name}': {share:.0%} of the weights lie where their estimator has no gradient, and no "
+                    "longer move; in the rule reshape='recu' or 'clip' brings them back, and estimator='ede' "
+                    "reaches them"
                 )
     return found
 
@@ -36,7 +38,10 @@ def _without_gradient(layer: QLayer) -> float:
     try:
         with torch.enable_grad():
             weight = layer.weight.detach().clone().requires_grad_()
-            (slope,) = torch.autograd.grad(quantizer(weight).sum(), weight)
+            # no even gradient, for what takes a mean off would cancel it
+            generator = torch.Generator().manual_seed(0)
+            g = torch.randn(weight.shape, generator=generator).to(weight.device)
+            (slope,) = torch.autograd.grad(quantizer(weight), weight, g)
     finally:
         quantizer.train(training)
     return float((slope.abs() < 1e-6).float().mean())

@@ -29,8 +29,8 @@ from lowbit.export.qdq.emitters import (
     emit_layer,
 )
 from lowbit.files import atomic_path
-from lowbit.graph.match import input_quantizer, is_global_pool, source_of
-from lowbit.graph.ops import clamp_bounds, is_tensor, kind_of, label, module_of
+from lowbit.graph.match import input_quantizer, is_global_pool, max_pool_of, moves_of, pads, source_of
+from lowbit.graph.ops import clamp_bounds, is_tensor, kind_of, module_of
 from lowbit.graph.rewrite import clone, finish, insert_after
 from lowbit.graph.trace import Inputs
 from lowbit.model import QuantizedModel
@@ -116,7 +116,12 @@ def _requantize_moved_values(gm: fx.GraphModule) -> None:
             continue
         quantizer = module_of(source_of(node))
         assert isinstance(quantizer, Quantizer)
-        if quantizer.spec.is_binary and label(node).lower() in ("pad", "zeropad2d"):
+        if quantizer.spec.is_binary and any(map(pads, moves_of(node))):
+            if max_pool_of(node) is not None:
+                raise LowbitError(
+                    f"'{node.meta['name']}' pools signs with zeros around them, which the runtime takes for "
+                    "-1; give the pooling that padding, or pad behind it"
+                )
             continue  # the zeros are no signs
         if quantizer.spec.kind == "int" and quantizer.scale.numel() == 1 and quantizer.mode == "quantize":
             again = Quantizer(quantizer.spec)
@@ -152,7 +157,10 @@ def _emit_hidden(gm: fx.GraphModule) -> None:
             source = quantizers[0] if quantizers[0] is not None and quantizers[0].mode == "quantize" else None
             for side, quantizer in zip(("input_quantizer", "output_quantizer"), quantizers, strict=True):
                 if quantizer is not None and quantizer.mode == "quantize":
-                    setattr(bound, side, EmitQuantizer(quantizer, f"{path}.{side}"))
+                    name = f"{path}.{side}"
+                    sign = quantizer.spec.is_binary
+                    emitter = EmitSign(quantizer, name, None) if sign else EmitQuantizer(quantizer, name)
+                    setattr(bound, side, emitter)
             if isinstance(bound.layer, QLayer):
                 rank = 2 if isinstance(bound.layer, nn.Linear) else 4
                 bound.layer = emit_layer(bound.layer, source, rank, path)
