@@ -133,7 +133,8 @@ def test_what_is_learned_is_a_parameter(spec: QuantSpec, estimator: str) -> None
     assert set(quantizer.learned) == set(dict(quantizer.named_parameters())) == want
     buffers = {n for n, _ in quantizer.named_buffers()}
     fixed = {"scale"} if spec.symmetric else {"scale", "zero_point"}
-    assert buffers == fixed - want | ({"unit"} if want else set())
+    assert ("progress" in buffers) == estimators.get(estimator).scheduled
+    assert buffers - {"progress"} == fixed - want | ({"unit"} if want else set())
     before = quantizer(data())
     quantizer.learn()
     assert torch.equal(quantizer(data()), before), "twice is once"
