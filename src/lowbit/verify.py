@@ -217,6 +217,8 @@ def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | No
 
 
 def _compare(q: QuantizedModel, file: _File, inputs: Inputs, tallies: _Tallies) -> None:
+    from lowbit.export.qdq import SIGN_ZERO
+
     session, names = file.session, file.names
     bound = bind_inputs(q.graph, inputs)
     fed = [i.name for i in session.get_inputs()]
@@ -227,9 +229,6 @@ def _compare(q: QuantizedModel, file: _File, inputs: Inputs, tallies: _Tallies) 
         found = dict(zip(outputs, session.run(None, feed), strict=True))
     reference: dict[str, Tensor] = {}
     simulation: dict[str, Tensor] = {}
-
-    from lowbit.export.qdq import SIGN_ZERO
-
     signs: set[str] = set()
 
     def remember(name: str, codes: Codes) -> None:

@@ -172,6 +172,9 @@ def test_bits_go_from_layer_to_layer() -> None:
 def test_an_empty_batch() -> None:
     k = frozen(NETWORKS["chain"](), "w1a1", images()).compile_kernels()
     assert k(images(0)).shape == (0, 5)
+    for recipe in ("w1a1", "w1", "ternarya8"):
+        k = frozen(ChannelsLast(), recipe, images()).compile_kernels()
+        assert k(images(0)).shape == (0, 4)
 
 
 class Padded(nn.Module):

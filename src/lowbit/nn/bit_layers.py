@@ -47,7 +47,7 @@ class Pack(nn.Module):
         if not self.rows:
             return self._packed(x)
         found = self._packed(x.flatten(0, -2))
-        return replace(found, words=found.words.reshape(*x.shape[:-1], -1))
+        return replace(found, words=found.words.reshape(*x.shape[:-1], found.words.shape[-1]))
 
     def _packed(self, x: Tensor) -> PackedInput:
         spec, grid = self.grid.spec, self.grid
@@ -176,9 +176,9 @@ class BitLinear(BitLayer):
         rows = x.flatten(0, -2) if isinstance(x, Tensor) else replace(x, words=x.words.flatten(0, -2))
         if isinstance(rows, PackedInput) and isinstance(self.end, Threshold):
             found = bits.linear(rows, self.weight, self.end)
-            return replace(found, words=found.words.reshape(*lead, -1))
+            return replace(found, words=found.words.reshape(*lead, found.words.shape[-1]))
         assert isinstance(self.end, Affine)
-        return bits.linear(rows, self.weight, self.end).reshape(*lead, -1)
+        return bits.linear(rows, self.weight, self.end).reshape(*lead, self.weight.shape[0])
 
 
 class BitConv2d(BitLayer):

@@ -106,9 +106,9 @@ class Quantizer(nn.Module):
 
         One that is for other codes, such as those at the end of falling bits, leaves it to "mse".
         """
-        return self._fit(self.reshaped(x))
+        return self._fit_reshaped(self.reshaped(x))
 
-    def _fit(self, x: Tensor) -> Fit:
+    def _fit_reshaped(self, x: Tensor) -> Fit:
         return fit(x, self.spec, self.weight_observer if suits(self.weight_observer, self.spec) else "mse")
 
     def take(self, found: Fit) -> None:
@@ -245,7 +245,7 @@ class Quantizer(nn.Module):
         if not self.learned:
             self._follow(x.detach())
         elif self.threshold is not None:
-            self.threshold = self._fit(x.detach()).threshold
+            self.threshold = self._fit_reshaped(x.detach()).threshold
         return x
 
     def _gradients(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, count: int) -> Tensor:
@@ -293,7 +293,7 @@ class Quantizer(nn.Module):
         if not x.numel():
             return
         if self.is_weight and (self.spec.is_binary or self.spec.is_ternary):
-            self.take(self._fit(x))
+            self.take(self._fit_reshaped(x))
             return
         lo, hi = group_amin_amax(x, self.spec)
         new = torch.maximum(-lo, hi)

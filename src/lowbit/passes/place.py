@@ -25,12 +25,10 @@ from lowbit.graph.ops import INTEGER, kind_of, module_of
 from lowbit.graph.rewrite import finish, insert_after, swap
 from lowbit.nn.layers import BoundLayer, QLayer, quantized_layer
 from lowbit.nn.quantizer import Quantizer
-from lowbit.recipe import Recipe, Rule
+from lowbit.recipe import SPECS, Recipe, Rule
 
 __all__ = ["Decision", "place", "resolve"]
 
-# one bit of what is never negative
-BIT = QuantSpec(bits=1, signed=False)
 QUANTIZERS = "activation_quantizers"
 
 
@@ -132,7 +130,7 @@ def _activation_quantizer(rule: Rule, source: fx.Node | None = None) -> Quantize
     spec = rule.activation
     assert spec is not None
     if spec.is_binary and source is not None and never_negative(source):
-        spec = BIT
+        spec = SPECS["bit"]
         source.graph.owning_module.meta.setdefault("bits_for_signs", []).append(str(source.meta["name"]))
     return Quantizer(spec, rule.observer, rule.estimator)
 

@@ -94,9 +94,8 @@ def sensitivity(
         _probe(prober, wanted, parts, journal)
     finally:
         journal.close()
-    cheap: tuple[Found, Found] = {}, {}
-    if curvature and prober.labelled:
-        cheap = fisher_of(prober, wanted), hessian_of(prober, wanted, seed)
+    asked = curvature and prober.labelled
+    cheap = (fisher_of(prober, wanted), hessian_of(prober, wanted, seed)) if asked else ({}, {})
     return _table(prober, wanted, parts, journal, reference, *cheap)
 
 
