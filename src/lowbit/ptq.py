@@ -18,6 +18,7 @@ from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
 from lowbit.passes.bias_correct import correct_bias_analytically, correct_outputs
+from lowbit.passes.bonds import correct_bonds
 from lowbit.passes.calibrate import batches
 from lowbit.passes.equalize import equalize
 from lowbit.passes.fold_bn import fold_bn, fold_later, fold_quantized
@@ -256,7 +257,12 @@ class _Trial:
     ) -> tuple[QuantizedModel, float]:
         """Apply one correction to a copy; keep it when the output gets better."""
         corrected = clone(q.graph)
-        names = correct_outputs(corrected, reference, self.sample, scale=step == "affine_correct")
+        if step == "bond_correct":
+            names = correct_bonds(corrected, reference, self.sample)
+            if not names:  # no tensor network, nothing to say
+                return q, quality
+        else:
+            names = correct_outputs(corrected, reference, self.sample, scale=step == "affine_correct")
         after = self.quality(corrected)
         kept = after >= quality
         samples = sum(inputs.batch_size for inputs in self.sample)

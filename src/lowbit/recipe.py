@@ -31,7 +31,7 @@ from lowbit.files import atomic_path
 
 __all__ = ["SPECS", "Recipe", "Rule", "Target", "exactly", "preset", "presets"]
 
-REFINEMENTS = ("bias_correct", "affine_correct")
+REFINEMENTS = ("bond_correct", "bias_correct", "affine_correct")
 
 
 class Target(Protocol):

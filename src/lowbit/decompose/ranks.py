@@ -140,8 +140,8 @@ def affordable(
     ranks = [1] * len(spectra)
     if count(ranks) > parameters:
         raise LowbitError(
-            f"ranks of 1 take {count(ranks)} parameters, and {parameters:.0f} are allowed; allow more, or leave "
-            "the layer as it is"
+            f"ranks of 1 take {count(ranks)} parameters, and {parameters:.0f} are allowed; allow more, or "
+            "leave the layer as it is"
         )
     while True:
         offers = []

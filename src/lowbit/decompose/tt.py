@@ -22,7 +22,9 @@ __all__ = [
     "check_modes",
     "factorize",
     "matrix_to_train",
+    "orthogonal",
     "rounded",
+    "spectra_of",
     "tensor_to_train",
     "train_to_matrix",
 ]
@@ -102,8 +104,8 @@ def _exact(x: Tensor) -> Train:
 
 def rounded(train: Train, rule: RankRule) -> Train:
     """The train with fewer ranks, its error relative to what it was (Oseledets 2011, algorithm 2)."""
-    wide = _orthogonal([core.double() for core in train.cores])
-    ranks = _choose(train, _spectra(wide), rule)
+    wide = orthogonal([core.double() for core in train.cores])
+    ranks = _choose(train, spectra_of(wide), rule)
     cores = list(wide)
     for k in range(len(cores) - 1, 0, -1):
         left, values, right = _split(cores[k])
@@ -115,7 +117,7 @@ def rounded(train: Train, rule: RankRule) -> Train:
     return Train(tuple(core.float() for core in cores), error)
 
 
-def _orthogonal(cores: list[Tensor]) -> list[Tensor]:
+def orthogonal(cores: list[Tensor]) -> list[Tensor]:
     """The same tensor, every core but the last orthogonal from the left: the last has its norm."""
     for k in range(len(cores) - 1):
         q, r = torch.linalg.qr(cores[k].reshape(-1, cores[k].shape[-1]))
@@ -129,7 +131,7 @@ def _split(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.linalg.svd(core.reshape(core.shape[0], -1), full_matrices=False)
 
 
-def _spectra(orthogonal: Sequence[Tensor]) -> list[Tensor]:
+def spectra_of(orthogonal: Sequence[Tensor]) -> list[Tensor]:
     """Singular values of the unfolding at each bond, first to last."""
     found, cores = [], list(orthogonal)
     for k in range(len(cores) - 1, 0, -1):

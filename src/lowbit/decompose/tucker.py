@@ -51,10 +51,14 @@ def tucker(w: Tensor, rule: RankRule, axes: Sequence[int] = (0, 1)) -> Tucker:
 
     if not axes or len(set(axes)) != len(axes) or not all(0 <= a < w.ndim for a in axes):
         raise LowbitError(f"axes {tuple(axes)} are not different axes of a tensor of shape {list(w.shape)}")
-    ranks = _ranks(w.double(), rule, axes)
+    ranks = _possible(dict(zip(axes, _ranks(w.double(), rule, axes), strict=True)), w.shape)
+    rising = sorted(axes)
     with tensorly.backend_context("pytorch"):
-        (core, factors), _ = partial_tucker(w.double(), rank=list(ranks), modes=list(axes), init="svd")
-    found = Tucker(core, dict(zip(axes, factors, strict=True)))
+        (core, factors), _ = partial_tucker(
+            w.double(), rank=[ranks[a] for a in rising], modes=rising, init="svd"
+        )
+    by_axis = dict(zip(rising, factors, strict=True))
+    found = Tucker(core, {axis: by_axis[axis] for axis in axes})
     error = _error(w, tucker_to_tensor(found))
     return Tucker(core.float(), {axis: f.float() for axis, f in found.factors.items()}, error)
 
@@ -85,6 +89,16 @@ def _ranks(w: Tensor, rule: RankRule, axes: Sequence[int]) -> tuple[int, ...]:
     shapes = [(w.shape[axis], w.numel() // w.shape[axis]) for axis in axes]
     pairs = zip(spectra, shapes, strict=True)
     return tuple(rank_of(values, rule, unfoldings=len(axes), shape=shape) for values, shape in pairs)
+
+
+def _possible(ranks: dict[int, int], shape: Sequence[int]) -> dict[int, int]:
+    """No rank above the product of the other sizes of the core: more would be empty."""
+    while True:
+        core = [ranks.get(axis, size) for axis, size in enumerate(shape)]
+        clipped = {axis: min(rank, math.prod(core) // core[axis]) for axis, rank in ranks.items()}
+        if clipped == ranks:
+            return ranks
+        ranks = clipped
 
 
 def cp(w: Tensor, rank: int, *, seed: int = 0) -> tuple[list[Tensor], float]:

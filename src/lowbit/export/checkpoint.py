@@ -26,6 +26,7 @@ from lowbit.graph.masks import holds_huge
 from lowbit.graph.structure import Part, first_difference, first_module_difference, structure_of
 from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
+from lowbit.nn.network import Blueprint, with_networks
 from lowbit.nn.quantizer import TRAINED, Quantizer
 from lowbit.ptq import assemble, float_graph
 from lowbit.recipe import Recipe
@@ -49,6 +50,8 @@ class Record:
     codes: dict[str, tuple[int, ...]]
     # whether ternary codes are packed five to a byte
     base3: bool
+    # every tensor network by its path
+    networks: dict[str, Blueprint]
     notes: list[Note]
     steps: list[Step]
 
@@ -80,7 +83,8 @@ def load(path: str | Path, model: nn.Module) -> QuantizedModel:
     """Read what `save` wrote: a frozen model whose outputs equal those of the saved one bit for bit.
 
     Args:
-        model: of the architecture that was quantized; its weights do not matter, and it is left as it was.
+        model: of the architecture that was quantized, before or after tensor networks took the place of its
+            layers; its weights do not matter, and it is left as it was.
 
     Raises:
         LowbitError: the file is truncated, foreign, altered or of a newer version; or the architecture of
@@ -161,6 +165,7 @@ def _metadata_of(q: QuantizedModel) -> dict[str, Any]:
         "quantizers": {path: [specs.index(m.spec), m.mode] for path, m in quantizers.items()},
         "codes": {path: list(layer.get_buffer("weight_codes").shape) for path, layer in _layers(q.graph)},
         "structure": _squeeze(structure_of(q.graph)),
+        "networks": {path: asdict(found) for path, found in q.graph.meta["networks"].items()},
         "notes": [asdict(note) for note in q.notes],
         "steps": [asdict(step) for step in q.steps],
     }
@@ -201,6 +206,7 @@ def _record_of(metadata: dict[str, Any]) -> Record:
         quantizers={path: (specs[index], mode) for path, (index, mode) in metadata["quantizers"].items()},
         codes={path: tuple(shape) for path, shape in metadata["codes"].items()},
         base3=bool(metadata.get("base3", False)),
+        networks={path: Blueprint.of(found) for path, found in metadata.get("networks", {}).items()},
         notes=[Note(**note) for note in metadata["notes"]],
         steps=[Step(**step) for step in metadata["steps"]],
     )
@@ -222,6 +228,7 @@ def _zeros(value: Any) -> Any:
 def _matching_graph(path: Path, model: nn.Module, record: Record) -> fx.GraphModule:
     """The float graph of `model`, whose structure is that of the file."""
     try:
+        model = with_networks(model, record.networks)
         gm, _ = float_graph(model, record.recipe, record.example)
         difference = first_difference(record.structure, structure_of(gm))
     except LowbitError as error:

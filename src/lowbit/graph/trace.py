@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from lowbit.graph.match import hidden_layers
 from lowbit.graph.normalize import normalize
 from lowbit.graph.run import flat_tensors
 from lowbit.graph.tracer import Tracer, describe
+from lowbit.nn.network import Blueprint, TensorNetwork
 
 __all__ = ["Inputs", "Note", "trace"]
 
@@ -42,7 +44,8 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
         The graph in evaluation mode, and what could not be followed. `meta["leaves"]` holds the path of each
         submodule that is called as it stands, with the reason; `meta["whole"]` says whether that is the model
         itself; `meta["inside"]` holds (input, output) of every call of a layer in there, as tensors without
-        numbers; `meta["unused"]` holds the names of what the model keeps and never reads.
+        numbers; `meta["unused"]` holds the names of what the model keeps and never reads; `meta["networks"]`
+        holds what every tensor network is that the graph sees through, by its path.
 
     Raises:
         LowbitError: the model does not run on the example, or its parameters are not float32.
@@ -64,6 +67,7 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
             normalize(gm)
         gm.meta["unused"] = frozenset() if gm.meta["whole"] else _unused(gm, copied)
         gm.meta["inside"] = _shapes_inside(gm, examples[0])
+        gm.meta["networks"] = _networks(gm, copied)
     return gm.eval(), notes
 
 
@@ -143,6 +147,17 @@ def _unused(gm: fx.GraphModule, model: nn.Module) -> frozenset[str]:
     """Names of entries of the model's state dict that the graph does without."""
     kept = {id(t) for t in gm.state_dict(keep_vars=True).values()}
     return frozenset(n for n, t in model.state_dict(keep_vars=True).items() if id(t) not in kept)
+
+
+def _networks(gm: fx.GraphModule, model: nn.Module) -> dict[str, Blueprint]:
+    """Tensor networks whose factors the graph calls, each once."""
+    calls = Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_module")
+    found = {path: m.blueprint for path, m in model.named_modules() if isinstance(m, TensorNetwork)}
+    return {
+        path: blueprint
+        for path, blueprint in found.items()
+        if all(calls[name] == 1 for name in blueprint.paths(path))
+    }
 
 
 def _shapes_inside(gm: fx.GraphModule, example: Inputs) -> dict[str, list[tuple[Tensor, Tensor]]]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from lowbit.decompose.gauge import fix_gauge
 from lowbit.graph.ops import module_of
 from lowbit.graph.regions import Region, regions
+from lowbit.nn.network import networks
 
 __all__ = ["Equalized", "equalize"]
 
@@ -31,11 +33,12 @@ def equalize(gm: fx.GraphModule, *, relu6: bool = False, sweeps: int = 10) -> Eq
     channel c is divided by s_c = sqrt(r1_c / r2_c), with r1 and r2 the largest magnitudes in the weights that
     write and that read the channel (Nagel et al. 2019, eq. 11, over several layers). ReLU, PReLU, pooling and
     additions commute with a positive scale, so the output does not change; regions share layers, so sweeps
-    repeat until nothing moves.
+    repeat until nothing moves. Inside a tensor network more than scales are free: see `fix_gauge`.
 
     Args:
         relu6: pass through ReLU6 too, although its bound does not scale: the output then changes.
     """
+    _fix_gauges(gm)
     found, refused = regions(gm, relu6=relu6)
     statistics = gm.meta.get("statistics", {})
     touched = [n for region in found for n in (*region.producers, *region.consumers)]
@@ -50,6 +53,16 @@ def equalize(gm: fx.GraphModule, *, relu6: bool = False, sweeps: int = 10) -> Eq
             if moved < 1e-3:
                 break
     return Equalized(len(found), len(set(touched)), before, _spread(found), tuple(refused))
+
+
+def _fix_gauges(gm: fx.GraphModule) -> None:
+    for path, blueprint in gm.meta.get("networks", {}).items():
+        kind = networks.get(blueprint.kind)
+        if kind.mixes:
+            layers = [gm.get_submodule(name) for name in blueprint.paths(path)]
+            train = kind.train_of([layer.weight.detach() for layer in layers], blueprint)
+            for layer, weight in zip(layers, kind.weights_of(fix_gauge(train)), strict=True):
+                layer.weight = nn.Parameter(weight.contiguous())
 
 
 def _factor(region: Region) -> Tensor:

@@ -1,0 +1,242 @@
+"""What layers made of factors share: how they are described, and what they keep between calls."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.decompose.tt import Train
+from lowbit.errors import LowbitError
+from lowbit.nn.contraction import Run
+from lowbit.registry import Registry
+
+__all__ = ["Blueprint", "Bond", "TensorNetwork", "networks", "resize", "std_of_factors", "with_networks"]
+
+# Bytes of products that a layer keeps in evaluation.
+KEEP_BYTES = 1 << 26
+_PLAIN = (nn.Linear, nn.Conv2d)
+
+networks: Registry[type[TensorNetwork]] = Registry("tensor network")
+
+
+class Bond(NamedTuple):
+    """An index that two factors share: outputs of the one, inputs of the other.
+
+    The weight of the writer is [m * rank, ...], that of the reader [out, rank * n, ...]; m and n are modes of
+    a train, else 1.
+    """
+
+    writer: str
+    reader: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All of a tensor network but its numbers, as plain data."""
+
+    # name in `networks`
+    kind: str
+    ranks: tuple[int, ...]
+    # of trains of matrices
+    out_modes: tuple[int, ...] = ()
+    in_modes: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Blueprint:
+        """From what `asdict` made, by way of JSON."""
+        names = ("ranks", "out_modes", "in_modes")
+        return cls(data["kind"], **{name: tuple(data[name]) for name in names})
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Names of the layers, in the order in which they are called."""
+        names = networks.get(self.kind).names
+        return names or tuple(f"cores.{k}" for k in range(len(self.ranks) + 1))
+
+    def bonds(self, path: str = "") -> tuple[Bond, ...]:
+        """Those that a change of basis leaves alone, between paths of layers."""
+        if not networks.get(self.kind).mixes:
+            return ()
+        names = self.paths(path)
+        return tuple(Bond(*pair) for pair in zip(names, names[1:], self.ranks, strict=False))
+
+    def paths(self, path: str) -> list[str]:
+        """Those of the factors, of a network at that path."""
+        return [f"{path}.{name}".lstrip(".") for name in self.factors]
+
+
+class TensorNetwork(nn.Module):
+    """A layer made of layers, the factors of its weight.
+
+    A graph sees the factors. Called outside of a graph the layer may multiply weights first, and keeps what
+    it made for as long as nothing is trained through it.
+    """
+
+    # names of the factors, where they are always the same
+    names: ClassVar[tuple[str, ...]] = ()
+    # whether the indices of a bond may be mixed
+    mixes: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept = Kept(KEEP_BYTES)
+
+    @property
+    def factors(self) -> Sequence[nn.Linear | nn.Conv2d]:
+        """The layers it is made of, in the order in which they are called."""
+        raise NotImplementedError
+
+    @property
+    def blueprint(self) -> Blueprint:
+        raise NotImplementedError
+
+    @classmethod
+    def like(cls, layer: nn.Module, blueprint: Blueprint) -> TensorNetwork:
+        """A new network in place of a float layer, or of a network with other ranks, with random numbers."""
+        raise NotImplementedError
+
+    @classmethod
+    def train_of(cls, weights: Sequence[Tensor], blueprint: Blueprint) -> Train:
+        """Weights of factors as cores [r, ..., s], neighbours joined by their bond."""
+        raise NotImplementedError
+
+    @classmethod
+    def weights_of(cls, train: Train) -> list[Tensor]:
+        """Inverse of `train_of`."""
+        raise NotImplementedError
+
+    def load(self, train: Train) -> None:
+        """Take cores of the same modes; the ranks may be others."""
+        for factor, weight in zip(self.factors, self.weights_of(train), strict=True):
+            resize(factor, weight)
+
+    def dense_weight(self) -> Tensor:
+        """The weight of the layer that computes the same."""
+        raise NotImplementedError
+
+    def macs(self, positions: int, size: tuple[int, ...]) -> int:
+        """Multiply-accumulates of its factors for one sample.
+
+        Args:
+            positions: how often the dense weight is used: rows of a sample, or outputs of a channel.
+            size: height and width of the input of a convolution.
+        """
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the factors have."""
+        return sum(factor.weight.numel() for factor in self.factors)
+
+    def _stamp(self) -> tuple[Any, ...] | None:
+        """What changes with any factor; None where a product of weights would not do what calls would.
+
+        That is so while compiling, and where factors were quantized, replaced or given hooks.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        stamp: list[Any] = []
+        for factor in self.factors:
+            weight = factor._parameters.get("weight")
+            if (
+                type(factor) not in _PLAIN
+                or factor._forward_hooks
+                or factor._forward_pre_hooks
+                or weight is None
+            ):
+                return None
+            stamp += (id(weight), -1 if weight.is_inference() else weight._version, weight.data_ptr())
+        return tuple(stamp)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept: copies and files hold factors alone."""
+        return {**self.__dict__, "_kept": Kept(self._kept.limit)}
+
+
+def resize(factor: nn.Linear | nn.Conv2d, weight: Tensor) -> None:
+    """Give a factor a weight with another number of inputs or outputs; a depthwise one stays so."""
+    factor.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    if isinstance(factor, nn.Linear):
+        factor.out_features, factor.in_features = weight.shape
+    else:
+        grouped = factor.groups > 1
+        factor.out_channels = len(weight)
+        factor.in_channels, factor.groups = (len(weight), len(weight)) if grouped else (weight.shape[1], 1)
+
+
+def with_networks(model: nn.Module, blueprints: Mapping[str, Blueprint]) -> nn.Module:
+    """The model, or a copy in which the layers at these paths are such networks, with random numbers.
+
+    Raises:
+        LowbitError: a path of the blueprints leads to no layer of the model.
+    """
+    modules = dict(model.named_modules())
+    for path in blueprints:
+        if path not in modules:
+            raise LowbitError(f"'{path}' was a tensor network, and this model has no such layer")
+    wanted = {p: b for p, b in blueprints.items() if getattr(modules[p], "blueprint", None) != b}
+    if not wanted:
+        return model
+    found = copy.deepcopy(model)
+    for path, blueprint in wanted.items():
+        network = networks.get(blueprint.kind).like(found.get_submodule(path), blueprint)
+        if not path:
+            return network
+        parent, _, name = path.rpartition(".")
+        setattr(found.get_submodule(parent), name, network)
+    return found
+
+
+class Kept:
+    """Products of factors, kept within a bound of bytes for as long as no factor changes.
+
+    An in-place change of a factor, a loaded state or a move to another device drops all of them. What writes
+    to `factor.weight.data`, behind autograd's back, is not seen: call `clear`.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.clear()
+
+    def keep(self, stamp: tuple[Any, ...]) -> None:
+        """Let all go if the factors are not those of the last time."""
+        if stamp != self.stamp:
+            self.clear(stamp)
+
+    def clear(self, stamp: tuple[Any, ...] = ()) -> None:
+        """Let all go, and note the state of the factors."""
+        self.stamp = stamp
+        self.products: dict[Any, list[Tensor]] = {}
+        # by number of rows: what to do with them
+        self.runs: dict[int, Run] = {}
+
+    def product(self, key: Any, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The product of that name, made where it is not there; the oldest go where there is no room."""
+        if key not in self.products:
+            found = make()
+            if _bytes(found) > self.limit:
+                return found
+            while self.products and sum(map(_bytes, [found, *self.products.values()])) > self.limit:
+                del self.products[next(iter(self.products))]
+                self.runs.clear()
+            self.products[key] = found
+        return self.products[key]
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def std_of_factors(variance: float, ranks: Sequence[int], factors: int) -> float:
+    """Of the entries of each factor, so that an entry of the dense weight has that variance.
+
+    It is a sum of r1 r2 ... products of as many numbers as there are factors.
+    """
+    return (variance / math.prod(ranks)) ** (0.5 / factors)

@@ -1,0 +1,173 @@
+"""Fewer ranks once the noise of rounding is known: singular values below it carry nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowbit.core.qtensor import sqnr_db
+from lowbit.decompose.ranks import Fixed
+from lowbit.decompose.tt import orthogonal, rounded, spectra_of
+from lowbit.errors import LowbitError
+from lowbit.graph.inputs import Inputs
+from lowbit.graph.run import flat_tensors
+from lowbit.model import QuantizedModel
+from lowbit.nn.layers import QLayer
+from lowbit.nn.network import TensorNetwork
+from lowbit.passes.calibrate import batches
+from lowbit.ptq import calibrate, prepare, quantize
+from lowbit.recipe import Recipe
+from lowbit.tables import text_table
+
+__all__ = ["Reduced", "ReducedRow", "reduce_ranks"]
+
+# How often the tolerance is halved before a model is left as it is.
+HALVINGS = 5
+
+
+@dataclass(frozen=True)
+class ReducedRow:
+    """What became of one network."""
+
+    name: str
+    ranks_before: tuple[int, ...]
+    ranks_after: tuple[int, ...]
+    weights_before: int
+    weights_after: int
+    # |w - rounded w| / |w|, of the dense weight, before any rank went
+    noise: float
+    # the same for the ranks that went
+    truncated: float
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A float network with fewer ranks, and what it is once quantized."""
+
+    model: nn.Module
+    q: QuantizedModel
+    rows: tuple[ReducedRow, ...]
+    # SQNR of the output in dB, over the data, against the float network as it was
+    before_db: float
+    after_db: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        header = ("network", "ranks", "were", "weights", "were", "rounding", "truncation", "why")
+        rows = [
+            (
+                r.name,
+                " ".join(map(str, r.ranks_after)),
+                " ".join(map(str, r.ranks_before)),
+                f"{r.weights_after:,}",
+                f"{r.weights_before:,}",
+                f"{r.noise:.4f}",
+                f"{r.truncated:.4f}",
+                r.why,
+            )
+            for r in self.rows
+        ]
+        saved = 1 - sum(r.weights_after for r in self.rows) / sum(r.weights_before for r in self.rows)
+        total = f"{100 * saved:.1f} % of their weights saved"
+        return f"{text_table(header, rows)}\n{total}; output {self.before_db:.2f} -> {self.after_db:.2f} dB"
+
+
+def reduce_ranks(
+    model: nn.Module,
+    recipe: str | Recipe,
+    calibration: Any,
+    tolerance: float = 1.0,
+    *,
+    num_batches: int | None = None,
+) -> Reduced:
+    """Drop the ranks that rounding hides: first round the ranks, then quantize. The model is left as it was.
+
+    With N the error that quantization makes in the dense weight and r the rank of a bond, each of its indices
+    carries noise of about N / sqrt(r); singular values of the unfolding below `tolerance` times that go, and
+    the network is quantized anew. If the SQNR of its output, against that of `model`, is then worse than with
+    all ranks, the tolerance is halved; if nothing is better, all ranks stay.
+
+    Args:
+        model: with tensor networks, as `tensorize` makes them; trained or not.
+        recipe, calibration, num_batches: as for `lowbit.quantize`.
+
+    Raises:
+        LowbitError: a model without tensor networks, or a tolerance that is not positive.
+    """
+    if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool) or not 0 < tolerance < math.inf:
+        raise LowbitError(f"tolerance={tolerance!r} is not a positive number; 1 is the size of the noise")
+    data = list(batches(calibration, num_batches))
+    q = quantize(model, recipe, data)
+    noisy = calibrate(prepare(model, recipe, data[0]), data)
+    if not noisy.graph.meta["networks"]:
+        raise LowbitError("the model has no tensor networks; make some with lowbit.tensor_networks.tensorize")
+    targets = _outputs(model.eval(), data)
+    before = _quality(q, data, targets)
+    for halving in range(HALVINGS + 1):
+        small = copy.deepcopy(model)
+        rows = tuple(
+            _reduce(small.get_submodule(path), path, noisy.graph, tolerance / 2**halving)
+            for path in noisy.graph.meta["networks"]
+        )
+        if all(row.ranks_after == row.ranks_before for row in rows):
+            break
+        other = quantize(small, recipe, data)
+        after = _quality(other, data, targets)
+        if after >= before:
+            return Reduced(small, other, rows, before, after, tolerance / 2**halving)
+    rows = tuple(
+        replace(row, ranks_after=row.ranks_before, weights_after=row.weights_before, truncated=0.0)
+        for row in rows
+    )
+    return Reduced(copy.deepcopy(model), q, rows, before, before, 0.0)
+
+
+def _reduce(network: nn.Module, path: str, noisy: fx.GraphModule, tolerance: float) -> ReducedRow:
+    """Take ranks from a network, in place.
+
+    Args:
+        noisy: the graph in which its factors are quantized.
+    """
+    assert isinstance(network, TensorNetwork)
+    blueprint, count = network.blueprint, network.weights
+    row = ReducedRow(path, blueprint.ranks, blueprint.ranks, count, count, 0.0, 0.0)
+    if not network.mixes:
+        return replace(row, why="its bonds cannot be turned, so they have no singular values")
+    layers = [noisy.get_submodule(name) for name in blueprint.paths(path)]
+    if not all(isinstance(layer, QLayer) for layer in layers):
+        return replace(row, why="not all of its factors are quantized, so nothing is hidden")
+    train = network.train_of([factor.weight.detach() for factor in network.factors], blueprint)
+    rounded_train = network.train_of([layer.effective_weight().detach() for layer in layers], blueprint)
+    spectra = spectra_of(orthogonal([core.double() for core in train.cores]))
+    size = max(float(spectra[0].norm()), 1e-30)
+    noise = float((train.dense().double() - rounded_train.dense().double()).norm())
+    keep = tuple(max(1, int((s > tolerance * noise / math.sqrt(len(s))).sum())) for s in spectra)
+    if keep == blueprint.ranks:
+        return replace(row, noise=noise / size, why="every singular value is above the noise")
+    found = rounded(train, Fixed(keep))
+    network.load(found)
+    ranks = network.blueprint.ranks
+    done = replace(row, ranks_after=ranks, weights_after=network.weights)
+    return replace(done, noise=noise / size, truncated=found.error)
+
+
+@torch.inference_mode()
+def _outputs(model: nn.Module, data: Sequence[Inputs]) -> list[list[Tensor]]:
+    return [flat_tensors(inputs.call(model)) for inputs in data]
+
+
+def _quality(model: nn.Module, data: Sequence[Inputs], targets: Sequence[Sequence[Tensor]]) -> float:
+    """SQNR of the outputs in dB."""
+    signal = noise = 0.0
+    for wanted, found in zip(targets, _outputs(model, data), strict=True):
+        for a, b in zip(wanted, found, strict=True):
+            signal += a.double().square().sum().item()
+            noise += (a.double() - b.double()).square().sum().item()
+    return sqnr_db(signal, noise)
