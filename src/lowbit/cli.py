@@ -1,4 +1,4 @@
-"""The command line: `lowbit demo | quantize | train | search | export | verify | bench | inspect`.
+"""The command line: `lowbit demo | quantize | train | search | tensorize | export | verify | bench | ...`.
 
 Thin: it reads names, calls the library, prints. Text or, with --json, one JSON object goes to stdout;
 progress and whatever a model prints go to stderr. The exit code is 0, or 1 when an exported file is another
@@ -18,7 +18,7 @@ import typer
 import yaml
 
 import lowbit
-from lowbit import cli_inputs, cli_search, cli_train
+from lowbit import cli_inputs, cli_search, cli_tensorize, cli_train
 from lowbit.cli_options import (
     BatchSize,
     Checkpoint,
@@ -72,6 +72,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     "openvino": "openvino",
     "tensorboardX": "train",
+    "tensorly": "tensor",
 }
 
 
@@ -104,7 +105,7 @@ def quantize(
         chosen = lowbit.Recipe.get(recipe)
         targets = [cli_inputs.writable(p, name) for p, name in ((output, "-o"), (onnx, "--onnx")) if p]
         network = cli_inputs.load_model(model, weights)
-        batches = _batches(chosen, data, input_shape, batch_size, num_batches)
+        batches = cli_inputs.calibration(chosen, data, input_shape, batch_size, num_batches)
         _show_plan(answer, network, chosen, next(iter(batches), None))
         calibration = {"calibration": batches} if data else {"example_inputs": batches[0]}
         q = lowbit.quantize(network, chosen, num_batches=num_batches, **calibration)
@@ -121,32 +122,6 @@ def quantize(
             answer.say(f"{path}: {size:,} bytes")
         answer.record |= {"model": model, "recipe": q.recipe.to_dict(), "steps": [asdict(s) for s in q.steps]}
         answer.record |= {"coverage": asdict(coverage), "float_bytes": q.cost().float_bytes, "files": sizes}
-
-
-def _batches(
-    recipe: lowbit.Recipe,
-    data: str | None,
-    shape: str | None,
-    batch_size: int | None,
-    num_batches: int | None,
-) -> Any:
-    """Calibration data; without it one batch of zeros, which shows shapes to a recipe for weights alone."""
-    if data is not None:
-        return cli_inputs.load_data(data, batch_size, num_batches)
-    if recipe.quantizes_activations:
-        raise LowbitError(
-            "the recipe quantizes activations, whose ranges come from data; give --data or use w8"
-        )
-    if shape is None:
-        raise LowbitError("without --data the input is unknown; give --input-shape, such as 1,3,224,224")
-    return [torch.zeros(_dims(shape))]
-
-
-def _dims(shape: str) -> list[int]:
-    parts = shape.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise LowbitError(f"shape '{shape}' is not a list of positive numbers such as 1,3,224,224")
-    return [int(part) for part in parts]
 
 
 def _show_plan(answer: Answer, model: torch.nn.Module, recipe: lowbit.Recipe, example: Any) -> None:
@@ -220,7 +195,7 @@ def bench(
 
     with answering(as_json) as answer:
         paths = [cli_inputs.existing(path, "file") for path in files]
-        shape = None if input_shape is None else _dims(input_shape)
+        shape = None if input_shape is None else cli_inputs.dims(input_shape)
         timings = time_files(paths, runtime=runtime, rounds=rounds, shape=shape)
         answer.say(timing_table(timings))
         answer.say(f"{runtime}, one thread, {rounds} rounds in turn; speed against the first file")
@@ -258,6 +233,7 @@ def inspect(
 
 app.command()(cli_train.train)
 app.command()(cli_search.search)
+app.command()(cli_tensorize.tensorize)
 
 
 if __name__ == "__main__":

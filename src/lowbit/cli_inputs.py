@@ -23,8 +23,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError, near_miss
+from lowbit.recipe import Recipe
 
-__all__ = ["ArrayData", "ShuffledData", "existing", "load_data", "load_model", "writable"]
+__all__ = [
+    "ArrayData",
+    "ShuffledData",
+    "calibration",
+    "dims",
+    "existing",
+    "load_data",
+    "load_model",
+    "writable",
+]
 
 ARRAYS = (".npz", ".npy", ".safetensors")
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
@@ -126,6 +136,33 @@ def load_data(
     if not isinstance(data, Iterable):
         raise LowbitError(f"{option} '{name}' is a {type(data).__name__}; it must be an iterable of batches")
     return data
+
+
+def calibration(
+    recipe: Recipe,
+    data: str | None,
+    shape: str | None,
+    batch_size: int | None,
+    num_batches: int | None,
+) -> Any:
+    """Calibration data; without it one batch of zeros, which shows shapes to a recipe for weights alone."""
+    if data is not None:
+        return load_data(data, batch_size, num_batches)
+    if recipe.quantizes_activations:
+        raise LowbitError(
+            "the recipe quantizes activations, whose ranges come from data; give --data or use w8"
+        )
+    if shape is None:
+        raise LowbitError("without --data the input is unknown; give --input-shape, such as 1,3,224,224")
+    return [torch.zeros(dims(shape))]
+
+
+def dims(shape: str) -> list[int]:
+    """The numbers of a shape such as 1,3,224,224."""
+    parts = shape.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise LowbitError(f"shape '{shape}' is not a list of positive numbers such as 1,3,224,224")
+    return [int(part) for part in parts]
 
 
 def existing(path: str | Path, what: str) -> Path:

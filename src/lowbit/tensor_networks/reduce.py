@@ -29,6 +29,8 @@ __all__ = ["Reduced", "ReducedRow", "reduce_ranks"]
 
 # How often the tolerance is halved before a model is left as it is.
 HALVINGS = 5
+# dB by which the output may get worse: rounding other numbers moves it by as much, either way.
+CHANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def reduce_ranks(
     With N the error that quantization makes in the dense weight and r the rank of a bond, each of its indices
     carries noise of about N / sqrt(r); singular values of the unfolding below `tolerance` times that go, and
     the network is quantized anew. If the SQNR of its output, against that of `model`, is then worse than with
-    all ranks, the tolerance is halved; if nothing is better, all ranks stay.
+    all ranks, by more than 0.1 dB, the tolerance is halved; if nothing is as good, all ranks stay.
 
     Args:
         model: with tensor networks, as `tensorize` makes them; trained or not.
@@ -120,7 +122,7 @@ def reduce_ranks(
             break
         other = quantize(small, recipe, data)
         after = _quality(other, data, targets)
-        if after >= before:
+        if after >= before - CHANCE:
             return Reduced(small, other, rows, before, after, tolerance / 2**halving)
     rows = tuple(
         replace(row, ranks_after=row.ranks_before, weights_after=row.weights_before, truncated=0.0)

@@ -1,0 +1,145 @@
+"""What factors and few bits save together, beside the dense weight of as many bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.core.affine import fake_quantize
+from lowbit.core.spec import BINARY, INT8, QuantSpec
+from lowbit.core.weight_observers import fit
+from lowbit.cost import stored_bytes
+from lowbit.errors import LowbitError
+from lowbit.model import QuantizedModel
+from lowbit.nn.layers import QLayer
+from lowbit.nn.network import networks
+from lowbit.search.sites import narrowed
+from lowbit.tables import text_table
+
+__all__ = ["Account", "AccountRow", "account"]
+
+
+@dataclass(frozen=True)
+class AccountRow:
+    """One network. Errors are |w - what is stored| / |w| of the dense weight w."""
+
+    name: str
+    dense_weights: int
+    weights: int
+    # of the factors: codes, scales, zero points
+    bytes: int
+    error: float
+    # the widest dense weight that takes no more bytes, and its error; 0 bits: not even one
+    dense_bits: int
+    dense_error: float
+
+    @property
+    def by_factors(self) -> float:
+        """Compression by having fewer weights."""
+        return self.dense_weights / self.weights
+
+    @property
+    def by_bits(self) -> float:
+        """Compression by having fewer bits a weight."""
+        return 4 * self.weights / self.bytes
+
+    @property
+    def compression(self) -> float:
+        """Both together, against the dense float weight."""
+        return 4 * self.dense_weights / self.bytes
+
+    @property
+    def advice(self) -> str:
+        if self.dense_bits and self.dense_error < self.error:
+            return f"a dense weight of {self.dense_bits} bits is the better buy"
+        return ""
+
+
+@dataclass(frozen=True)
+class Account:
+    """All networks of a model."""
+
+    rows: tuple[AccountRow, ...]
+
+    def __str__(self) -> str:
+        header = ("network", "factors", "bits", "together", "bytes", "error", "dense bits", "error", "")
+        rows = [
+            (
+                r.name,
+                f"{r.by_factors:.2f}x",
+                f"{r.by_bits:.2f}x",
+                f"{r.compression:.2f}x",
+                f"{r.bytes:,}",
+                f"{r.error:.3f}",
+                str(r.dense_bits),
+                f"{r.dense_error:.3f}",
+                r.advice,
+            )
+            for r in self.rows
+        ]
+        return text_table(header, rows)
+
+
+def account(model: nn.Module, q: QuantizedModel) -> Account:
+    """Each tensor network of a quantized model beside the dense weight that it stands for.
+
+    Factors are rounded as the recipe of `q` says, without its corrections; the dense weight is rounded per
+    channel, to as many bits as fit into the same bytes.
+
+    Args:
+        model: the dense network that was tensorized.
+        q: what was made from it.
+
+    Raises:
+        LowbitError: the model has no layer at the place of a network.
+    """
+    layers = dict(model.named_modules())
+    rows = []
+    for path, blueprint in q.graph.meta["networks"].items():
+        weight = getattr(layers.get(path), "weight", None)
+        if not isinstance(weight, Tensor):
+            raise LowbitError(f"the model has no layer '{path}' with a weight; pass the dense network")
+        kind, factors = (
+            networks.get(blueprint.kind),
+            [q.graph.get_submodule(n) for n in blueprint.paths(path)],
+        )
+        network = kind.like(layers[path], blueprint)
+        stored = 0
+        for own, factor in zip(network.factors, factors, strict=True):
+            is_quantized = isinstance(factor, QLayer)
+            found = factor.effective_weight() if is_quantized else factor.weight
+            own.weight = nn.Parameter(found.detach())
+            spec = factor.weight_quantizer.spec if is_quantized else None
+            stored += stored_bytes(tuple(found.shape), spec)
+        with torch.no_grad():
+            error = _error(weight, _fitted(network.dense_weight(), weight))
+        bits, dense_error = _dense(weight.detach(), stored)
+        rows.append(AccountRow(path, weight.numel(), network.weights, stored, error, bits, dense_error))
+    return Account(tuple(rows))
+
+
+def _fitted(found: Tensor, weight: Tensor) -> Tensor:
+    """Each output channel at the size that fits best: equalization and corrections move that elsewhere."""
+    a, b = found.flatten(1), weight.flatten(1)
+    scale = (a * b).sum(1) / a.square().sum(1).clamp(min=1e-30)
+    return found * scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _dense(weight: Tensor, most: int) -> tuple[int, float]:
+    """The widest codes within so many bytes, and their error."""
+    for bits in range(8, 0, -1):
+        spec = narrowed(INT8, bits, "weight") if bits > 1 else BINARY
+        if stored_bytes(tuple(weight.shape), spec) <= most:
+            return bits, _error(weight, _rounded(weight, spec))
+    return 0, 1.0
+
+
+def _rounded(weight: Tensor, spec: QuantSpec) -> Tensor:
+    found = fit(weight, spec)
+    return fake_quantize(weight, found.scale, found.zero_point, spec)
+
+
+def _error(weight: Tensor, found: Tensor) -> float:
+    return float((weight - found).detach().double().norm() / weight.detach().double().norm().clamp(min=1e-30))
