@@ -368,7 +368,9 @@ def ranks(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
     )
     claims = []
     for bits in BITS:
-        found = reduce_ranks(small, weights_at(bits), task.calibration, options.tolerance)
+        found = reduce_ranks(
+            small, weights_at(bits), task.calibration, options.tolerance, lost_db=options.lost_db
+        )
         before, after = (task.top1(m) for m in (task.ptq(small, weights_at(bits)), found.q))
         now, were = (
             sum(getattr(row, f"weights_{when}") for row in found.rows) for when in ("after", "before")
@@ -431,6 +433,7 @@ def main() -> int:
     )
     parser.add_argument("--share", type=float, default=0.5, help="of the weights of a convolution, in cifar")
     parser.add_argument("--tolerance", type=float, default=1.0, help="of reduce_ranks, in ranks")
+    parser.add_argument("--lost-db", type=float, default=0.1, help="that the output may lose, in ranks")
     parser.add_argument("--images", type=int, help="so many training images, in cifar")
     parser.add_argument("--fashion", type=Path, help="folder with the four files of Fashion-MNIST")
     parser.add_argument("--data", type=Path, help="folder with cifar10/ and models/, for cifar")

@@ -40,7 +40,7 @@ def run(place: Path, *options: str) -> int:
 
 def test_the_checkpoint_is_read_with_the_dense_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", f"{place}/d.npz"]
-    assert run(place, "--rule", "4=svd:rank=12", "--reduce", "2", *data, "--json") == 0
+    assert run(place, "--rule", "4=svd:rank=12", "--recipe", "w4a8", "--reduce", "2", *data, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     (row,) = told["reduced"]
     assert row["ranks_before"] == [12]

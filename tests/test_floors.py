@@ -22,7 +22,18 @@ FLOORS = {
     "tensor_networks": 3,
     **dict.fromkeys(("bench", "contents", "environment", "latency", "report", "runtime"), 3),
     **dict.fromkeys(
-        ("", "cli", "cli_inputs", "cli_options", "cli_output", "cli_search", "cli_train", "demo.run"), 4
+        (
+            "",
+            "cli",
+            "cli_inputs",
+            "cli_options",
+            "cli_output",
+            "cli_search",
+            "cli_tensorize",
+            "cli_train",
+            "demo.run",
+        ),
+        4,
     ),
 }
 FLOWS = ("ptq", "qat", "search")

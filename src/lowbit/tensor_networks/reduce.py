@@ -29,8 +29,6 @@ __all__ = ["Reduced", "ReducedRow", "reduce_ranks"]
 
 # How often the tolerance is halved before a model is left as it is.
 HALVINGS = 5
-# dB by which the output may get worse: rounding other numbers moves it by as much, either way.
-CHANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,7 @@ def reduce_ranks(
     calibration: Any,
     tolerance: float = 1.0,
     *,
+    lost_db: float = 0.1,
     num_batches: int | None = None,
 ) -> Reduced:
     """Drop the ranks that rounding hides: first round the ranks, then quantize. The model is left as it was.
@@ -94,11 +93,14 @@ def reduce_ranks(
     With N the error that quantization makes in the dense weight and r the rank of a bond, each of its indices
     carries noise of about N / sqrt(r); singular values of the unfolding below `tolerance` times that go, and
     the network is quantized anew. If the SQNR of its output, against that of `model`, is then worse than with
-    all ranks, by more than 0.1 dB, the tolerance is halved; if nothing is as good, all ranks stay.
+    all ranks, by more than `lost_db`, the tolerance is halved; if nothing is as good, all ranks stay.
 
     Args:
         model: with tensor networks, as `tensorize` makes them; trained or not.
         recipe, calibration, num_batches: as for `lowbit.quantize`.
+        tolerance: in units of the noise.
+        lost_db: what the output may lose, in dB. Rounding other numbers moves it by a tenth, either way; a
+            classifier that is far above the noise can lose much more.
 
     Raises:
         LowbitError: a model without tensor networks, or a tolerance that is not positive.
@@ -122,7 +124,7 @@ def reduce_ranks(
             break
         other = quantize(small, recipe, data)
         after = _quality(other, data, targets)
-        if after >= before - CHANCE:
+        if after >= before - lost_db:
             return Reduced(small, other, rows, before, after, tolerance / 2**halving)
     rows = tuple(
         replace(row, ranks_after=row.ranks_before, weights_after=row.weights_before, truncated=0.0)
