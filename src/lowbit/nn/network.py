@@ -6,15 +6,17 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.decompose.tt import Train
 from lowbit.errors import LowbitError
-from lowbit.nn.contraction import Run
 from lowbit.registry import Registry
+
+if TYPE_CHECKING:  # importing lowbit stays cheap
+    from lowbit.decompose.tt import Train
+    from lowbit.nn.contraction import Run
 
 __all__ = ["Blueprint", "Bond", "TensorNetwork", "networks", "resize", "std_of_factors", "with_networks"]
 

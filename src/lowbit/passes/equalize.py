@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.decompose.gauge import fix_gauge
 from lowbit.graph.ops import module_of
 from lowbit.graph.regions import Region, regions
 from lowbit.nn.network import networks
@@ -56,6 +55,8 @@ def equalize(gm: fx.GraphModule, *, relu6: bool = False, sweeps: int = 10) -> Eq
 
 
 def _fix_gauges(gm: fx.GraphModule) -> None:
+    from lowbit.decompose.gauge import fix_gauge
+
     for path, blueprint in gm.meta.get("networks", {}).items():
         kind = networks.get(blueprint.kind)
         if kind.mixes:
