@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lowbit.core.qtensor import sqnr_db
 from lowbit.errors import LowbitError, expect
 from lowbit.graph.rewrite import clone
-from lowbit.graph.run import flat_tensors, peak_bytes
+from lowbit.graph.run import flat_tensors, noise_and_signal, peak_bytes
 from lowbit.graph.trace import Inputs, Note, trace
 from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
@@ -230,9 +230,8 @@ class _Trial:
         signal = noise = 0.0
         with torch.inference_mode():
             for inputs, targets in zip(self.sample, self.targets, strict=True):
-                for wanted, found in zip(targets, flat_tensors(inputs.call(gm)), strict=True):
-                    signal += wanted.double().square().sum().item()
-                    noise += (wanted.double() - found.double()).square().sum().item()
+                more = noise_and_signal(targets, inputs.call(gm))
+                noise, signal = noise + more[0], signal + more[1]
         return sqnr_db(signal, noise)
 
     def equalize(

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lowbit.graph.inputs import Inputs
 
-__all__ = ["bind_inputs", "evaluate", "flat_tensors", "last_uses", "peak_bytes", "walk"]
+__all__ = ["bind_inputs", "evaluate", "flat_tensors", "last_uses", "noise_and_signal", "peak_bytes", "walk"]
 
 
 def walk(
@@ -96,6 +96,16 @@ def flat_tensors(output: Any) -> list[Tensor]:
     if isinstance(output, dict):
         output = list(output.values())
     return [t for part in output for t in flat_tensors(part)] if isinstance(output, (tuple, list)) else []
+
+
+def noise_and_signal(wanted: Sequence[Tensor], output: Any) -> tuple[float, float]:
+    """Sums of squares of what an output is off, and of what it should be, where that is finite."""
+    noise = signal = 0.0
+    for target, found in zip(wanted, flat_tensors(output), strict=True):
+        finite = target.isfinite()
+        noise += (target[finite].double() - found[finite].double()).square().sum().item()
+        signal += target[finite].double().square().sum().item()
+    return noise, signal
 
 
 def peak_bytes(gm: fx.GraphModule) -> int:

@@ -20,7 +20,7 @@ from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.graph.cursor import Cursor
 from lowbit.graph.rewrite import swap
-from lowbit.graph.run import flat_tensors, peak_bytes
+from lowbit.graph.run import flat_tensors, noise_and_signal, peak_bytes
 from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
@@ -224,11 +224,7 @@ class Prober:
         terms = F.kl_div(log_q, reference.log_p, log_target=True, reduction="none")
         possible = reference.log_p > -math.inf
         kl = terms.where(possible, torch.zeros_like(terms)).sum().item() * log_q.shape[-1] / log_q.numel()
-        noise = signal = 0.0
-        for wanted, found in zip(reference.outputs, flat_tensors(output), strict=True):
-            finite = wanted.isfinite()
-            noise += (wanted[finite].double() - found[finite].double()).square().sum().item()
-            signal += wanted[finite].double().square().sum().item()
+        noise, signal = noise_and_signal(reference.outputs, output)
         loss = metric = 0.0
         if self.labelled:
             loss = float(self.objective.task(output, batch.labels))

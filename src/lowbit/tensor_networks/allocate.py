@@ -20,7 +20,7 @@ from lowbit.errors import LowbitError
 from lowbit.graph.cursor import Cursor
 from lowbit.graph.match import calls, layer_nodes
 from lowbit.graph.ops import module_of
-from lowbit.graph.run import flat_tensors
+from lowbit.graph.run import flat_tensors, noise_and_signal
 from lowbit.graph.trace import trace
 from lowbit.nn.layers import obstacle
 from lowbit.nn.network import TensorNetwork
@@ -334,9 +334,6 @@ def _bytes(factor: nn.Module, spec: QuantSpec, layer: nn.Module) -> int:
 
 def _noise(outputs: Sequence[Any], wanted: Sequence[Sequence[Tensor]]) -> float:
     """Noise over signal."""
-    noise = signal = 0.0
-    for output, targets in zip(outputs, wanted, strict=True):
-        for a, b in zip(targets, flat_tensors(output), strict=True):
-            noise += (a.double() - b.double()).square().sum().item()
-            signal += a.double().square().sum().item()
+    pairs = [noise_and_signal(targets, output) for targets, output in zip(wanted, outputs, strict=True)]
+    noise, signal = map(sum, zip(*pairs, strict=True))
     return noise / signal if signal else 0.0

@@ -16,7 +16,7 @@ from lowbit.decompose.ranks import Fixed
 from lowbit.decompose.tt import orthogonal, rounded, spectra_of
 from lowbit.errors import LowbitError
 from lowbit.graph.inputs import Inputs
-from lowbit.graph.run import flat_tensors
+from lowbit.graph.run import flat_tensors, noise_and_signal
 from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 from lowbit.nn.network import TensorNetwork
@@ -112,7 +112,9 @@ def reduce_ranks(
     noisy = calibrate(prepare(model, recipe, data[0]), data)
     if not noisy.graph.meta["networks"]:
         raise LowbitError("the model has no tensor networks; make some with lowbit.tensor_networks.tensorize")
-    targets = _outputs(model.eval(), data)
+    floats = copy.deepcopy(model).eval()
+    with torch.inference_mode():
+        targets = [flat_tensors(inputs.call(floats)) for inputs in data]
     before = _quality(q, data, targets)
     for halving in range(HALVINGS + 1):
         small = copy.deepcopy(model)
@@ -163,15 +165,10 @@ def _reduce(network: nn.Module, path: str, noisy: fx.GraphModule, tolerance: flo
 
 
 @torch.inference_mode()
-def _outputs(model: nn.Module, data: Sequence[Inputs]) -> list[list[Tensor]]:
-    return [flat_tensors(inputs.call(model)) for inputs in data]
-
-
 def _quality(model: nn.Module, data: Sequence[Inputs], targets: Sequence[Sequence[Tensor]]) -> float:
     """SQNR of the outputs in dB."""
-    signal = noise = 0.0
-    for wanted, found in zip(targets, _outputs(model, data), strict=True):
-        for a, b in zip(wanted, found, strict=True):
-            signal += a.double().square().sum().item()
-            noise += (a.double() - b.double()).square().sum().item()
+    noise = signal = 0.0
+    for inputs, wanted in zip(data, targets, strict=True):
+        more = noise_and_signal(wanted, inputs.call(model))
+        noise, signal = noise + more[0], signal + more[1]
     return sqnr_db(signal, noise)
