@@ -175,15 +175,19 @@ class Order:
             at += size
         return total
 
-    def bound(self, matrices: Sequence[Tensor], bias: Tensor | None) -> Run:
+    def bound(
+        self, matrices: Sequence[Tensor], bias: Tensor | None, shape: tuple[int, ...] | None = None
+    ) -> Run:
         """The train with its matrices: [rows, in] -> [rows, out]; what is fixed is done once, here.
 
         Args:
             matrices: from `matrices`, of the cores that `merged` gave.
+            shape: of the result, if it is to be another.
         """
+        out = (self.rows, math.prod(self.shape.out_modes)) if shape is None else shape
         if len(matrices) == 1:
-            flat = (self.rows, -1)
-            return lambda x: F.linear(x.reshape(flat), matrices[0], bias)
+            weight, flat = matrices[0], (self.rows, matrices[0].shape[1])
+            return lambda x: F.linear(x.reshape(flat), weight, bias).reshape(out)
         ordered = matrices if self.forward else matrices[::-1]
         # backward, or of one row, the last step ends in whole samples, and the bias goes with it
         fused = bias if not self.forward or self.rows == 1 else None
@@ -191,13 +195,14 @@ class Order:
         parts = zip(self.steps, ordered, biases, strict=True)
         runs = [step.bound(matrix, added) for step, matrix, added in parts]
         later = None if fused is not None else bias
-        shape = (self.rows, math.prod(self.shape.out_modes))
+        if len(runs) == 2 and later is None:
+            first, last = runs
+            return lambda x: last(first(x)).reshape(out)
 
         def run(x: Tensor) -> Tensor:
             for step in runs:
                 x = step(x)
-            x = x.reshape(shape)
-            return x if later is None else x + later
+            return x.reshape(out) if later is None else (x.reshape(self.rows, -1) + later).reshape(out)
 
         return run
 

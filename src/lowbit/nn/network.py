@@ -137,25 +137,17 @@ class TensorNetwork(nn.Module):
         """How many numbers the factors have."""
         return sum(factor.weight.numel() for factor in self.factors)
 
-    def _stamp(self) -> tuple[Any, ...] | None:
-        """What changes with any factor; None where a product of weights would not do what calls would.
+    def _is_plain(self) -> bool:
+        """Whether products of weights do what calls of the factors would.
 
-        That is so while compiling, and where factors were quantized, replaced or given hooks.
+        Not so while compiling, and where factors were quantized, replaced or given hooks.
         """
         if torch.compiler.is_compiling():
-            return None
-        stamp: list[Any] = []
-        for factor in self.factors:
-            weight = factor._parameters.get("weight")
-            if (
-                type(factor) not in _PLAIN
-                or factor._forward_hooks
-                or factor._forward_pre_hooks
-                or weight is None
-            ):
-                return None
-            stamp += (id(weight), -1 if weight.is_inference() else weight._version, weight.data_ptr())
-        return tuple(stamp)
+            return False
+        for factor in self.factors:  # a loop is faster than all(), and small products take as long
+            if type(factor) not in _PLAIN or factor._forward_hooks or factor._forward_pre_hooks:
+                return False
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is kept: copies and files hold factors alone."""
@@ -205,19 +197,32 @@ class Kept:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.clear()
-
-    def keep(self, stamp: tuple[Any, ...]) -> None:
-        """Let all go if the factors are not those of the last time."""
-        if stamp != self.stamp:
-            self.clear(stamp)
-
-    def clear(self, stamp: tuple[Any, ...] = ()) -> None:
-        """Let all go, and note the state of the factors."""
-        self.stamp = stamp
+        # tensors, held so that no other can take their place, with version and address
+        self.watched: list[tuple[Tensor | None, int, int]] = []
         self.products: dict[Any, list[Tensor]] = {}
-        # by number of rows: what to do with them
-        self.runs: dict[int, Run] = {}
+        # what to do with an input of a shape
+        self.runs: dict[Any, Run] = {}
+
+    def follow(self, tensors: Sequence[Tensor | None]) -> None:
+        """Let all go if these are not the tensors of the last time, as they were."""
+        watched = self.watched
+        if len(watched) == len(tensors):
+            for tensor, (held, version, place) in zip(tensors, watched, strict=True):
+                if tensor is not held or (
+                    tensor is not None and (tensor._version != version or tensor.data_ptr() != place)
+                ):
+                    break
+            else:
+                return
+        self.clear()
+        if not any(t is not None and t.is_inference() for t in tensors):  # those have no version
+            self.watched = [
+                (t, 0 if t is None else t._version, 0 if t is None else t.data_ptr()) for t in tensors
+            ]
+
+    def clear(self) -> None:
+        """Let all go."""
+        self.watched, self.products, self.runs = [], {}, {}
 
     def product(self, key: Any, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The product of that name, made where it is not there; the oldest go where there is no room."""

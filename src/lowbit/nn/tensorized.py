@@ -132,32 +132,32 @@ class TTLinear(TensorNetwork):
         Raises:
             LowbitError: another number of inputs.
         """
-        stamp = self._stamp() if isinstance(x, Tensor) else None
-        if stamp is None:
+        if not isinstance(x, Tensor) or not self._is_plain():
             return self.sweep(x)
-        if x.shape[-1] != self.in_features:
-            raise LowbitError(f"an input of shape {list(x.shape)} has not {self.in_features} features")
-        rows = x.numel() // self.in_features
-        if not rows:
-            return F.linear(x, self.dense_weight(), self.bias)
-        y = self._run(rows, stamp)(x)
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
-
-    def _run(self, rows: int, stamp: tuple[Any, ...]) -> Run:
-        """The cheapest way to multiply so many rows; kept where nothing is trained through it."""
-        kept, bias = self._kept, self._parameters["bias"]
         if self.training or torch.is_grad_enabled():
-            order = best_order(self.shape, rows, 0)
-            return order.bound(self._matrices(order), bias)
-        stamp = (*stamp, id(bias))
-        kept.keep(stamp)
-        run = kept.runs.get(rows)
-        if run is None:
-            order = best_order(self.shape, rows, kept.limit // 4)
-            made = kept.product((order.groups, order.forward), lambda: self._matrices(order))
-            run = order.bound(made, bias)
-            if (order.groups, order.forward) in kept.products:
-                kept.runs[rows] = run
+            return self._made(x.shape, 0)(x)
+        kept = self._kept
+        kept.follow([*(core._parameters["weight"] for core in self.factors), self._parameters["bias"]])
+        run = kept.runs.get(x.shape)
+        return self._made(x.shape, kept.limit // 4)(x) if run is None else run(x)
+
+    def _made(self, shape: torch.Size, room: int) -> Run:
+        """What to do with inputs of a shape: the cheapest order, kept with its products where there is room.
+
+        Args:
+            room: floats that may be kept; 0 where something is trained through them.
+        """
+        if shape[-1] != self.in_features:
+            raise LowbitError(f"an input of shape {list(shape)} has not {self.in_features} features")
+        rows = shape.numel() // self.in_features
+        if not rows:
+            return lambda x: F.linear(x, self.dense_weight(), self.bias)
+        order = best_order(self.shape, rows, room)
+        products, key = self._kept, (order.groups, order.forward)
+        found = products.product(key, lambda: self._matrices(order)) if room else self._matrices(order)
+        run = order.bound(found, self.bias, (*shape[:-1], self.out_features))
+        if key in products.products and room:
+            products.runs[shape] = run
         return run
 
     def _matrices(self, order: Order) -> list[Tensor]:

@@ -156,10 +156,9 @@ class ConvChain(TensorNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, height, width] -> [batch, out, height', width']."""
         evaluated = isinstance(x, Tensor) and not self.training and not torch.is_grad_enabled()
-        stamp = self._stamp() if evaluated else None
-        if stamp is None or not self._dense_is_faster(x):
+        if not evaluated or not self._is_plain() or not self._dense_is_faster(x):
             return self.chain(x)
-        self._kept.keep(stamp)
+        self._kept.follow([factor.weight for factor in self.factors])
         (weight,) = self._kept.product("dense", lambda: [self.dense_weight()])
         stride, padding, dilation = self._geometry
         return F.conv2d(x, weight, self.factors[-1].bias, stride, padding, dilation)
