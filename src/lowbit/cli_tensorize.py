@@ -70,7 +70,7 @@ def tensorize(
         q = lowbit.quantize(small, chosen, num_batches=num_batches, **given)
         for step in q.steps:
             answer.say(step)
-        table = account(network, q)
+        table = account(network, small, q)
         answer.say(f"\n{table}")
         lowbit.save(q, output)
         if onnx:

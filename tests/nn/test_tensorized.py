@@ -131,6 +131,43 @@ class TestTTLinear:
             assert not other._kept.products
             close(other(x), layer(x))
 
+    @pytest.mark.parametrize(
+        "make", [lambda: TTLinear(*MODES, 6), lambda: TuckerConv2d(nn.Conv2d(24, 24, 1), (20, 20))]
+    )
+    def test_a_fused_optimizer_which_leaves_no_trace_is_seen(self, make: Any) -> None:
+        layer = make().eval()
+        x = torch.randn(4, 24) if isinstance(layer, TTLinear) else torch.randn(4, 24, 2, 2)
+        plain = layer.sweep if isinstance(layer, TTLinear) else layer.chain
+        with torch.no_grad():
+            layer(x)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+        for training in (True, False):
+            layer.train(training)
+            layer(x).square().mean().backward()
+            optimizer.step()
+            layer.eval()
+            with torch.no_grad():
+                close(layer(x), plain(x))
+
+    @pytest.mark.parametrize(
+        "make", [lambda: TTLinear(*MODES, 6), lambda: TuckerConv2d(nn.Conv2d(24, 24, 1), (20, 20))]
+    )
+    def test_what_autocast_made_does_not_stay(self, make: Any) -> None:
+        layer = make().eval()
+        x = torch.randn(4, 24) if isinstance(layer, TTLinear) else torch.randn(4, 24, 2, 2)
+        with torch.no_grad():
+            wanted = layer(x)
+            layer.train().eval()
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(layer(x).float(), wanted, rtol=0.05, atol=0.1)
+            close(layer(x), wanted)
+
+    def test_traced_it_takes_any_batch(self) -> None:
+        layer, x = TTLinear(*MODES, 3).eval(), torch.randn(5, 24)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+        close(compiled(x), layer(x))
+        close(compiled(x[:2]), layer(x[:2]))
+
     def test_calls_its_factors_where_they_are_not_plain(self) -> None:
         layer, x, calls = TTLinear(*MODES, 2), torch.randn(3, 24), []
         layer.cores[0].register_forward_hook(lambda *_: calls.append(1))

@@ -59,6 +59,12 @@ def test_what_is_counted_is_what_is_made(bytes: int) -> None:
         assert row.ranks == plan.choice[row.name].ranks
 
 
+def test_rules_by_role_are_kept() -> None:
+    rules = [TensorRule(match="role:last", kind="keep"), TensorRule()]
+    table = _Table.of(network(), data(), (4,), (0.4, 0.2), tuple(rules))
+    assert [len(options) for options in table.options.values()] == [3, 1]
+
+
 def test_the_noise_is_that_of_the_rounded_factors_in_the_network() -> None:
     model, inputs = network(), data()
     table = _Table.of(
@@ -102,5 +108,9 @@ def test_bad_input_is_one_clear_error() -> None:
         allocate_ranks(network(), data(), accuracy=0.9)
     with pytest.raises(LowbitError, match="no choice of ranks and bits fits"):
         allocate_ranks(network(), data(), bytes=100, **SETTINGS)
+    with pytest.raises(LowbitError, match="rule 'nosuch' matches no layer"):
+        allocate_ranks(network(), data(), bytes=9000, rules=[TensorRule(match="nosuch"), TensorRule()])
+    with pytest.raises(LowbitError, match=r"wrap a single layer in nn\.Sequential"):
+        allocate_ranks(nn.Linear(8, 8), [torch.randn(2, 8)], bytes=9000)
     with pytest.raises(LowbitError, match="no batch"):
         allocate_ranks(network(), [], bytes=100)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -71,6 +73,21 @@ def test_convolutions_lose_ranks_too_and_others_are_said() -> None:
     assert rows["0"].weights_after < rows["0"].weights_before
     assert "no singular values" in rows["2"].why
     assert found.after_db >= found.before_db - 0.1
+
+
+@pytest.mark.parametrize("equalize", [False, True])
+def test_the_noise_is_measured_where_the_factors_are_rounded(equalize: bool) -> None:
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    model = nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)).eval()
+    skew = torch.logspace(-1, 1, 16)
+    with torch.no_grad():
+        model[1].weight.copy_(skew)
+        model[3].weight.div_(skew[None, :, None, None])
+    small = tensorize(model, TensorRule(rank=(12, 12))).model
+    folded = replace(lowbit.preset("w8"), fold_bn="before", equalize=equalize)
+    found = reduce_ranks(small, folded, [torch.randn(8, 16, 6, 6)])
+    assert max(row.noise for row in found.rows) < 0.1
+    assert not small.training
 
 
 def test_layers_in_float_hide_nothing() -> None:

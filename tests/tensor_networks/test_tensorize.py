@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +115,51 @@ def test_shared_weights_and_hooks_are_left_alone() -> None:
     ]
 
 
+def test_a_weight_tied_to_a_table_stays() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(128, 64), nn.Linear(64, 128, bias=False)
+            self.out.weight = self.table.weight
+
+    assert "shared" in tensorize(Words(), TensorRule(rank=2)).rows[0].why
+
+
+def test_layers_whose_weight_others_read_stay() -> None:
+    model = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True).eval()
+    found = tensorize(model, TensorRule(rank=8))
+    assert all("reads the weight itself" in row.why for row in found.rows)
+    with torch.no_grad():
+        x = torch.randn(2, 5, 64)
+        torch.testing.assert_close(found.model(x), model(x))
+
+
+def test_factors_are_left_alone_and_so_is_what_they_are() -> None:
+    first = tensorize(network(), [TensorRule(match="2", rank=(8, 12)), TensorRule(kind="keep")]).model
+    again = tensorize(first, TensorRule(rank=4))
+    assert "2" not in [row.name for row in again.rows]
+    assert again.model[2].blueprint == first[2].blueprint
+    wide = nn.Sequential(nn.Linear(64, 64)).double().requires_grad_(False)
+    made = tensorize(wide, TensorRule(rank=4)).model
+    assert made(torch.randn(2, 64, dtype=torch.float64)).dtype == torch.float64
+    assert not any(p.requires_grad for p in made.parameters())
+
+
+def test_a_layer_too_small_for_its_share_is_left_alone() -> None:
+    found = tensorize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), TensorRule(rank=Budget(0.1)))
+    assert found.rows[0].kind == "TTLinear"
+    assert "ranks of 1 take" in found.rows[1].why
+
+
+def test_large_outputs_are_traced_all_the_same() -> None:
+    model = nn.Sequential(TTLinear((8, 8, 16), (16, 8, 8), 32)).eval()
+    with torch.no_grad():
+        model[0].cores[2].weight.mul_(100)
+    graph, notes = lowbit.graph.trace.trace(model, lowbit.graph.inputs.Inputs.of(torch.randn(16, 1024)))
+    assert not graph.meta["whole"]
+    assert not notes
+
+
 def test_a_layer_in_two_places_stays_one() -> None:
     shared = nn.Linear(64, 64)
     found = tensorize(nn.Sequential(shared, nn.ReLU(), shared), TensorRule(rank=2)).model
@@ -171,7 +219,7 @@ class TestQuantized:
         ]
         return tensorize(network(), rules).model
 
-    def test_the_file_is_the_model(self, tmp_path: Any) -> None:
+    def test_the_file_is_the_model(self, tmp_path: Path) -> None:
         pytest.importorskip("onnxruntime")
         x = images(32)
         q = lowbit.quantize(self.tensorized(), "w4a8", [x])
@@ -180,7 +228,7 @@ class TestQuantized:
         parity = lowbit.verify(q, tmp_path / "m.onnx", x)
         assert parity.exact, str(parity)
 
-    def test_a_checkpoint_loads_into_the_dense_model_and_into_the_factors(self, tmp_path: Any) -> None:
+    def test_a_checkpoint_loads_into_the_dense_model_and_into_the_factors(self, tmp_path: Path) -> None:
         x, model = images(), self.tensorized()
         q = lowbit.quantize(model, "w4a8", [x])
         lowbit.save(q, tmp_path / "m.safetensors")
@@ -188,6 +236,23 @@ class TestQuantized:
             assert torch.equal(lowbit.load(tmp_path / "m.safetensors", like)(x), q(x))
         with pytest.raises(LowbitError, match="another architecture"):
             lowbit.load(tmp_path / "m.safetensors", nn.Sequential(nn.Linear(4, 4)))
+
+    def test_a_fresh_process_loads_it_with_the_dense_model(self, tmp_path: Path) -> None:
+        shared = nn.Linear(64, 64)
+        dense = nn.Sequential(shared, nn.ReLU(), shared).eval()
+        x, small = torch.randn(8, 64), tensorize(dense, TensorRule(rank=4)).model
+        q = lowbit.quantize(small, "w8", [x])
+        lowbit.save(q, tmp_path / "m.safetensors")
+        torch.save((x, q(x).detach()), tmp_path / "x.pt")
+        script = f"""
+import torch, lowbit
+from torch import nn
+shared = nn.Linear(64, 64)
+q = lowbit.load({str(tmp_path / "m.safetensors")!r}, nn.Sequential(shared, nn.ReLU(), shared))
+x, y = torch.load({str(tmp_path / "x.pt")!r})
+assert torch.equal(q(x), y)
+"""
+        subprocess.run([sys.executable, "-c", script], check=True)
 
     def test_each_factor_may_have_its_own_bits_and_is_counted(self) -> None:
         rules = (

@@ -23,6 +23,7 @@ __all__ = [
     "Error",
     "Fixed",
     "RankRule",
+    "TooSmallError",
     "Vbmf",
     "affordable",
     "rank_of",
@@ -84,6 +85,10 @@ class Vbmf:
     """Those that stand out of the noise: variational Bayesian matrix factorization (Nakajima et al. 2013)."""
 
 
+class TooSmallError(LowbitError):
+    """Even ranks of 1 take more than a budget allows."""
+
+
 RankRule = Fixed | Energy | Error | Budget | Vbmf
 
 
@@ -135,11 +140,11 @@ def affordable(
         count: parameters of a decomposition with given ranks.
 
     Raises:
-        LowbitError: ranks of 1 are too many already.
+        TooSmallError: ranks of 1 are too many already.
     """
     ranks = [1] * len(spectra)
     if count(ranks) > parameters:
-        raise LowbitError(
+        raise TooSmallError(
             f"ranks of 1 take {count(ranks)} parameters, and {parameters:.0f} are allowed; allow more, or "
             "leave the layer as it is"
         )

@@ -165,7 +165,7 @@ def _metadata_of(q: QuantizedModel) -> dict[str, Any]:
         "quantizers": {path: [specs.index(m.spec), m.mode] for path, m in quantizers.items()},
         "codes": {path: list(layer.get_buffer("weight_codes").shape) for path, layer in _layers(q.graph)},
         "structure": _squeeze(structure_of(q.graph)),
-        "networks": {path: asdict(found) for path, found in q.graph.meta["networks"].items()},
+        "networks": {path: asdict(found) for path, found in q.graph.meta["blueprints"].items()},
         "notes": [asdict(note) for note in q.notes],
         "steps": [asdict(step) for step in q.steps],
     }

@@ -6,6 +6,8 @@ import copy
 
 from torch import fx, nn
 
+from lowbit.nn.network import replace_module
+
 __all__ = ["clone", "finish", "insert_after", "remove", "retarget", "swap"]
 
 
@@ -16,11 +18,7 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
 
 def swap(gm: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` leads, in every place that holds the same object."""
-    old = gm.get_submodule(path)
-    for parent in list(gm.modules()):
-        for name, child in list(parent._modules.items()):  # named_children skips second names of one module
-            if child is old:
-                setattr(parent, name, module)
+    replace_module(gm, gm.get_submodule(path), module)
 
 
 def insert_after(

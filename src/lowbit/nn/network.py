@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,35 @@ from lowbit.errors import LowbitError
 from lowbit.registry import Registry
 
 if TYPE_CHECKING:  # importing lowbit stays cheap
+    from typing_extensions import Self
+
     from lowbit.decompose.tt import Train
     from lowbit.nn.contraction import Run
 
-__all__ = ["Blueprint", "Bond", "TensorNetwork", "networks", "resize", "std_of_factors", "with_networks"]
+__all__ = [
+    "Blueprint",
+    "Bond",
+    "TensorNetwork",
+    "network_kind",
+    "networks",
+    "replace_module",
+    "resize",
+    "std_of_factors",
+    "with_networks",
+]
 
 # Bytes of products that a layer keeps in evaluation.
 KEEP_BYTES = 1 << 26
 _PLAIN = (nn.Linear, nn.Conv2d)
 
 networks: Registry[type[TensorNetwork]] = Registry("tensor network")
+
+
+def network_kind(name: str) -> type[TensorNetwork]:
+    """The class of that name; the layers are imported when the first is asked for."""
+    importlib.import_module("lowbit.nn.tensorized_conv")
+    importlib.import_module("lowbit.nn.tensorized")
+    return networks.get(name)
 
 
 class Bond(NamedTuple):
@@ -59,12 +79,12 @@ class Blueprint:
     @property
     def factors(self) -> tuple[str, ...]:
         """Names of the layers, in the order in which they are called."""
-        names = networks.get(self.kind).names
+        names = network_kind(self.kind).names
         return names or tuple(f"cores.{k}" for k in range(len(self.ranks) + 1))
 
     def bonds(self, path: str = "") -> tuple[Bond, ...]:
         """Those that a change of basis leaves alone, between paths of layers."""
-        if not networks.get(self.kind).mixes:
+        if not network_kind(self.kind).mixes:
             return ()
         names = self.paths(path)
         return tuple(Bond(*pair) for pair in zip(names, names[1:], self.ranks, strict=False))
@@ -142,12 +162,19 @@ class TensorNetwork(nn.Module):
 
         Not so while compiling, and where factors were quantized, replaced or given hooks.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return False
         for factor in self.factors:  # a loop is faster than all(), and small products take as long
             if type(factor) not in _PLAIN or factor._forward_hooks or factor._forward_pre_hooks:
                 return False
+            if factor._backward_hooks or factor._backward_pre_hooks:
+                return False
         return True
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; what was kept goes, for fused optimizers change weights without a trace."""
+        self._kept.clear()
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is kept: copies and files hold factors alone."""
@@ -180,12 +207,21 @@ def with_networks(model: nn.Module, blueprints: Mapping[str, Blueprint]) -> nn.M
         return model
     found = copy.deepcopy(model)
     for path, blueprint in wanted.items():
-        network = networks.get(blueprint.kind).like(found.get_submodule(path), blueprint)
+        old = found.get_submodule(path)
+        network = network_kind(blueprint.kind).like(old, blueprint)
+        network.to(next(old.parameters()).device)
         if not path:
             return network
-        parent, _, name = path.rpartition(".")
-        setattr(found.get_submodule(parent), name, network)
+        replace_module(found, old, network)
     return found
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in every place that holds another."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children skips second names of one module
+            if child is old:
+                setattr(parent, name, new)
 
 
 class Kept:
@@ -227,7 +263,10 @@ class Kept:
     def product(self, key: Any, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The product of that name, made where it is not there; the oldest go where there is no room."""
         if key not in self.products:
-            found = make()
+            weights = [held for held, _, _ in self.watched if held is not None]
+            kind = weights[0].device.type if weights else "cpu"
+            with torch.autocast(kind, enabled=False):  # what is kept serves calls without it too
+                found = make()
             if _bytes(found) > self.limit:
                 return found
             while self.products and sum(map(_bytes, [found, *self.products.values()])) > self.limit:

@@ -135,6 +135,7 @@ class TTLinear(TensorNetwork):
         if not isinstance(x, Tensor) or not self._is_plain():
             return self.sweep(x)
         if self.training or torch.is_grad_enabled():
+            self._kept.clear()
             return self._made(x.shape, 0)(x)
         kept = self._kept
         kept.follow([*(core._parameters["weight"] for core in self.factors), self._parameters["bias"]])

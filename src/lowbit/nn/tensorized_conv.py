@@ -73,7 +73,7 @@ class ConvChain(TensorNetwork):
             resize(factor, weight)
         if conv.bias is not None:
             layer.factors[-1].bias = nn.Parameter(conv.bias.detach().clone())
-        return layer.to(conv.weight.device), error
+        return layer.to(conv.weight), error
 
     @property
     def factors(self) -> Sequence[nn.Conv2d]:
@@ -94,7 +94,7 @@ class ConvChain(TensorNetwork):
         """The convolution with the shapes of all together, without numbers."""
         factors, (stride, padding, dilation) = self.factors, self._geometry
         height, width = (math.prod(f.kernel_size[axis] for f in factors) for axis in (0, 1))
-        modes = {f.padding_mode for f in factors if math.prod(f.kernel_size) > 1}
+        modes = {f.padding_mode for f in factors} - {"zeros"}
         return nn.Conv2d(
             factors[0].in_channels,
             factors[-1].out_channels,
@@ -156,6 +156,8 @@ class ConvChain(TensorNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, height, width] -> [batch, out, height', width']."""
         evaluated = isinstance(x, Tensor) and not self.training and not torch.is_grad_enabled()
+        if not evaluated:
+            self._kept.clear()
         if not evaluated or not self._is_plain() or not self._dense_is_faster(x):
             return self.chain(x)
         self._kept.follow([factor.weight for factor in self.factors])

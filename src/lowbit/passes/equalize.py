@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from lowbit.graph.ops import module_of
 from lowbit.graph.regions import Region, regions
-from lowbit.nn.network import networks
+from lowbit.nn.network import network_kind
 
 __all__ = ["Equalized", "equalize"]
 
@@ -58,7 +58,7 @@ def _fix_gauges(gm: fx.GraphModule) -> None:
     from lowbit.decompose.gauge import fix_gauge
 
     for path, blueprint in gm.meta.get("networks", {}).items():
-        kind = networks.get(blueprint.kind)
+        kind = network_kind(blueprint.kind)
         if kind.mixes:
             layers = [gm.get_submodule(name) for name in blueprint.paths(path)]
             train = kind.train_of([layer.weight.detach() for layer in layers], blueprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from lowbit.cost import stored_bytes
 from lowbit.errors import LowbitError
 from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
-from lowbit.nn.network import networks
+from lowbit.nn.network import TensorNetwork
 from lowbit.search.sites import narrowed
 from lowbit.tables import text_table
 
@@ -82,49 +83,41 @@ class Account:
         return text_table(header, rows)
 
 
-def account(model: nn.Module, q: QuantizedModel) -> Account:
+def account(model: nn.Module, small: nn.Module, q: QuantizedModel) -> Account:
     """Each tensor network of a quantized model beside the dense weight that it stands for.
 
-    Factors are rounded as the recipe of `q` says, without its corrections; the dense weight is rounded per
-    channel, to as many bits as fit into the same bytes.
+    Factors are rounded with the specs that `q` has for them, without its equalization and corrections; the
+    dense weight is rounded per channel, to as many bits as fit into the same bytes.
 
     Args:
-        model: the dense network that was tensorized.
-        q: what was made from it.
+        model: the dense network.
+        small: the float network that was made from it by `tensorize`.
+        q: what was made from that.
 
     Raises:
-        LowbitError: the model has no layer at the place of a network.
+        LowbitError: the models do not belong together.
     """
-    layers = dict(model.named_modules())
+    dense, networks = dict(model.named_modules()), dict(small.named_modules())
     rows = []
     for path, blueprint in q.graph.meta["networks"].items():
-        weight = getattr(layers.get(path), "weight", None)
-        if not isinstance(weight, Tensor):
-            raise LowbitError(f"the model has no layer '{path}' with a weight; pass the dense network")
-        kind, factors = (
-            networks.get(blueprint.kind),
-            [q.graph.get_submodule(n) for n in blueprint.paths(path)],
-        )
-        network = kind.like(layers[path], blueprint)
-        stored = 0
-        for own, factor in zip(network.factors, factors, strict=True):
-            is_quantized = isinstance(factor, QLayer)
-            found = factor.effective_weight() if is_quantized else factor.weight
-            own.weight = nn.Parameter(found.detach())
-            spec = factor.weight_quantizer.spec if is_quantized else None
-            stored += stored_bytes(tuple(found.shape), spec)
+        weight, network = getattr(dense.get(path), "weight", None), networks.get(path)
+        if not isinstance(weight, Tensor) or not isinstance(network, TensorNetwork):
+            raise LowbitError(
+                f"'{path}' is no layer with a weight in the dense network, or no tensor network in the "
+                "other; pass the network that was tensorized, and what tensorize made of it"
+            )
+        network, stored = copy.deepcopy(network), 0
+        for factor, name in zip(network.factors, blueprint.paths(path), strict=True):
+            layer = q.graph.get_submodule(name)
+            spec = layer.weight_quantizer.spec if isinstance(layer, QLayer) else None
+            stored += stored_bytes(tuple(factor.weight.shape), spec)
+            if spec is not None:
+                factor.weight = nn.Parameter(_rounded(factor.weight.detach(), spec))
         with torch.no_grad():
-            error = _error(weight, _fitted(network.dense_weight(), weight))
+            error = _error(weight, network.dense_weight())
         bits, dense_error = _dense(weight.detach(), stored)
         rows.append(AccountRow(path, weight.numel(), network.weights, stored, error, bits, dense_error))
     return Account(tuple(rows))
-
-
-def _fitted(found: Tensor, weight: Tensor) -> Tensor:
-    """Each output channel at the size that fits best: equalization and corrections move that elsewhere."""
-    a, b = found.flatten(1), weight.flatten(1)
-    scale = (a * b).sum(1) / a.square().sum(1).clamp(min=1e-30)
-    return found * scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _dense(weight: Tensor, most: int) -> tuple[int, float]:

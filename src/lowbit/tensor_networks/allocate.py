@@ -15,7 +15,7 @@ from lowbit.core.spec import INT8, QuantSpec
 from lowbit.core.weight_observers import fit
 from lowbit.cost import stored_bytes
 from lowbit.decompose.ranks import Budget as Share
-from lowbit.decompose.ranks import Fixed
+from lowbit.decompose.ranks import Fixed, TooSmallError
 from lowbit.errors import LowbitError
 from lowbit.graph.cursor import Cursor
 from lowbit.graph.match import calls, layer_nodes
@@ -30,7 +30,14 @@ from lowbit.recipe import Recipe, Rule, exactly
 from lowbit.search.sites import narrowed
 from lowbit.search.solve import Resource, least, solve
 from lowbit.tables import text_table
-from lowbit.tensor_networks.tensorize import Tensorized, TensorRule, network_of, tensorize
+from lowbit.tensor_networks.tensorize import (
+    Tensorized,
+    TensorRule,
+    dense_layers,
+    network_of,
+    rules_of,
+    tensorize,
+)
 
 __all__ = ["Option", "Plan", "allocate_ranks"]
 
@@ -204,19 +211,25 @@ class _Table:
             raise LowbitError("the data holds no batch; pass at least one")
         gm, _ = trace(model, inputs[0])
         counts = calls(gm)
+        layers = dense_layers(model)
         nodes = {
             str(node.target): node
             for node in layer_nodes(gm)
-            if type(module_of(node)) in (nn.Linear, nn.Conv2d) and counts[id(module_of(node))] == 1
+            if str(node.target) in layers and counts[id(module_of(node))] == 1
         }
+        if not nodes:
+            raise LowbitError(
+                "the model calls no nn.Linear or nn.Conv2d of its own, once; wrap a single layer in "
+                "nn.Sequential, and where functions use weights pass lowbit.graph.trace.trace(model, x)[0]"
+            )
+        chosen_rules = rules_of({name: layers[name] for name in nodes}, rules)
         cursor = Cursor(gm, inputs)
         with torch.inference_mode():
             wanted = [flat_tensors(batch.call(gm)) for batch in inputs]
         options: dict[str, list[Option]] = {}
         for name, node in track(nodes.items(), "measuring ranks and bits", total=len(nodes)):
             cursor.advance(node)
-            rule = next((r for r in rules if r.matches(name, module_of(node), frozenset({"layer"}))), None)
-            options[name] = list(_measured(cursor, node, rule, bits, shares, wanted))
+            options[name] = list(_measured(cursor, node, chosen_rules[name], bits, shares, wanted))
         weights = [module_of(node).get_parameter("weight") for node in nodes.values()]
         chosen = sum(weight.nbytes for weight in weights)
         whole = sum(t.nbytes for t in model.state_dict().values())
@@ -294,7 +307,7 @@ def _networks(
         rank = _cp_rank(layer, share) if rule.kind == "cp" else Share(share)
         try:
             network, _ = network_of(name, layer, replace(rule, rank=rank))
-        except LowbitError:  # ranks of 1 are too many
+        except TooSmallError:
             continue
         if network.weights < layer.weight.numel():
             found.setdefault(network.blueprint.ranks, network)

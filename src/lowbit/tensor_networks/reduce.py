@@ -149,15 +149,18 @@ def _reduce(network: nn.Module, path: str, noisy: fx.GraphModule, tolerance: flo
     layers = [noisy.get_submodule(name) for name in blueprint.paths(path)]
     if not all(isinstance(layer, QLayer) for layer in layers):
         return replace(row, why="not all of its factors are quantized, so nothing is hidden")
-    train = network.train_of([factor.weight.detach() for factor in network.factors], blueprint)
-    rounded_train = network.train_of([layer.effective_weight().detach() for layer in layers], blueprint)
-    spectra = spectra_of(orthogonal([core.double() for core in train.cores]))
+    # as it is quantized: with BatchNorm folded, and equalized
+    latent = network.train_of([layer.weight.detach() for layer in layers], blueprint)
+    noisy_train = network.train_of([layer.effective_weight().detach() for layer in layers], blueprint)
+    spectra = spectra_of(orthogonal([core.double() for core in latent.cores]))
     size = max(float(spectra[0].norm()), 1e-30)
-    noise = float((train.dense().double() - rounded_train.dense().double()).norm())
+    noise = float((latent.dense().double() - noisy_train.dense().double()).norm())
     keep = tuple(max(1, int((s > tolerance * noise / math.sqrt(len(s))).sum())) for s in spectra)
     if keep == blueprint.ranks:
         return replace(row, noise=noise / size, why="every singular value is above the noise")
-    found = rounded(train, Fixed(keep))
+    found = rounded(
+        network.train_of([factor.weight.detach() for factor in network.factors], blueprint), Fixed(keep)
+    )
     network.load(found)
     ranks = network.blueprint.ranks
     done = replace(row, ranks_after=ranks, weights_after=network.weights)

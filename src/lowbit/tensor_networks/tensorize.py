@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from lowbit.cost import cost_of
-from lowbit.decompose.ranks import Energy, Fixed, RankRule
+from lowbit.decompose.ranks import Energy, Fixed, RankRule, TooSmallError
 from lowbit.decompose.tt import factorize, matrix_to_train
 from lowbit.errors import LowbitError, expect, near_miss
 from lowbit.graph.inputs import Inputs
@@ -26,7 +26,7 @@ from lowbit.nn.tensorized_conv import ConvChain, CPConv2d, TTConv2d, TuckerConv2
 from lowbit.recipe import Rule
 from lowbit.tables import text_table
 
-__all__ = ["Row", "TensorRule", "Tensorized", "network_of", "tensorize"]
+__all__ = ["Row", "TensorRule", "Tensorized", "dense_layers", "network_of", "rules_of", "tensorize"]
 
 _CONVS: dict[str, type[ConvChain]] = {"tucker": TuckerConv2d, "tt": TTConv2d, "cp": CPConv2d}
 KINDS = ("tt", "svd", "tucker", "cp", "keep")
@@ -143,43 +143,89 @@ def tensorize(
     expect(model, nn.Module, "model", "pass the network itself, such as nn.Linear(4, 2)")
     rules = (rules,) if isinstance(rules, TensorRule) else tuple(rules)
     found = copy.deepcopy(model)
-    layers = {path: m for path, m in found.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    layers = dense_layers(found)
     if not layers:
         raise LowbitError("the model has no nn.Linear and no nn.Conv2d, and other layers are not decomposed")
-    names, uses = list(layers), Counter(id(m.weight) for m in layers.values())
-    rows, matched = [], set()
-    for path, layer in layers.items():
-        roles = {"layer"} | {r for r, n in (("first", names[0]), ("last", names[-1])) if n == path}
-        rule = next((r for r in rules if r.matches(path, layer, frozenset(roles))), None)
-        matched |= {r for r in rules if r.matches(path, layer, frozenset(roles))}
-        row, network = _decomposed(path, layer, rule, shared=uses[id(layer.weight)] > 1)
+    obstacles, rows = _obstacles(found), []
+    for (path, layer), rule in zip(layers.items(), rules_of(layers, rules).values(), strict=True):
+        row, network = _decomposed(path, layer, rule, obstacles.get(id(layer), ""))
         rows.append(row)
         if network is not None and path:
             swap(found, path, network.train(layer.training))
         elif network is not None:
             found = network.train(layer.training)
-    for rule in rules:
-        if rule not in matched:
-            raise LowbitError(f"rule '{rule.match}' matches no layer{near_miss(rule.match, names)}")
     if example_inputs is not None:
         rows = _with_macs(rows, model, found, Inputs.of(example_inputs))
     return Tensorized(found, tuple(rows))
 
 
+def dense_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The Linear and Conv2d layers that are no factors of a network already, by path."""
+    inside = {id(part) for m in model.modules() if isinstance(m, TensorNetwork) for part in m.modules()}
+    return {
+        path: m
+        for path, m in model.named_modules()
+        if type(m) in (nn.Linear, nn.Conv2d) and id(m) not in inside
+    }
+
+
+def rules_of(layers: Mapping[str, nn.Module], rules: Sequence[TensorRule]) -> dict[str, TensorRule | None]:
+    """The first rule that matches each layer.
+
+    Raises:
+        LowbitError: a rule that matches none.
+    """
+    names = list(layers)
+    found: dict[str, TensorRule | None] = {}
+    matched: set[TensorRule] = set()
+    for path, layer in layers.items():
+        roles = frozenset(
+            {"layer"}
+            | {r for r, n in zip(("first", "last"), (names[0], names[-1]), strict=True) if n == path}
+        )
+        fits = [rule for rule in rules if rule.matches(path, layer, roles)]
+        found[path] = fits[0] if fits else None
+        matched |= set(fits)
+    for rule in rules:
+        if rule not in matched:
+            raise LowbitError(f"rule '{rule.match}' matches no layer{near_miss(rule.match, names)}")
+    return found
+
+
+def _obstacles(model: nn.Module) -> dict[int, str]:
+    """Why layers must keep their dense weight, by their ids."""
+    found: dict[int, str] = {}
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    for parent in model.modules():
+        for layer in parent.children():
+            if uses[id(getattr(layer, "weight", None))] > 1:
+                found[id(layer)] = "its weight is shared with another layer"
+            elif isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+                found[id(layer)] = f"the {type(parent).__name__} around it reads the weight itself"
+    return found
+
+
 def _decomposed(
-    path: str, layer: nn.Module, rule: TensorRule | None, *, shared: bool
+    path: str, layer: nn.Module, rule: TensorRule | None, why: str
 ) -> tuple[Row, TensorNetwork | None]:
-    """What becomes of a layer, and the network to put in its place."""
+    """What becomes of a layer, and the network to put in its place.
+
+    Args:
+        why: what speaks against it.
+    """
     count = layer.weight.numel()
     row = Row(path, type(layer).__name__, "", (), 0.0, count, count)
     if rule is None or rule.kind == "keep":
         return replace(row, why="no rule asks for it" if rule is None else "a rule keeps it"), None
-    why = "its weight is shared with another layer" if shared else obstacle(layer)
+    why = why or obstacle(layer)
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         why = f"it has {layer.groups} groups, each a tensor of its own"
     if why:
         return replace(row, why=why), None
-    network, error = network_of(path, layer, rule)
+    try:
+        network, error = network_of(path, layer, rule)
+    except TooSmallError as small:
+        return replace(row, why=str(small)), None
     if network.weights >= count:
         grown = f"it would grow: {network.weights:,} weights with ranks {_text(network.blueprint.ranks)}"
         return replace(row, why=grown), None
@@ -203,16 +249,23 @@ def network_of(path: str, layer: nn.Module, rule: TensorRule) -> tuple[TensorNet
     """
     assert not isinstance(rule.rank, (int, tuple))
     try:
-        if isinstance(layer, nn.Linear):
-            out_modes, in_modes = _modes(layer, rule)
-            train = matrix_to_train(layer.weight.detach(), out_modes, in_modes, rule.rank)
-            return TTLinear.from_train(train, layer.bias), train.error
-        kind = rule.kind or "tucker"
-        if kind not in _CONVS:
-            raise LowbitError(f"kind='{kind}' is for nn.Linear; use one of {', '.join(_CONVS)}")
-        return _CONVS[kind].from_conv(layer, rule.rank)
+        network, error = _made(layer, rule)
+    except TooSmallError:
+        raise
     except LowbitError as error:
         raise LowbitError(f"'{path}': {error}") from None
+    return network.to(layer.weight).requires_grad_(layer.weight.requires_grad), error
+
+
+def _made(layer: nn.Module, rule: TensorRule) -> tuple[TensorNetwork, float]:
+    if isinstance(layer, nn.Linear):
+        out_modes, in_modes = _modes(layer, rule)
+        train = matrix_to_train(layer.weight.detach(), out_modes, in_modes, rule.rank)
+        return TTLinear.from_train(train, layer.bias), train.error
+    kind = rule.kind or "tucker"
+    if kind not in _CONVS:
+        raise LowbitError(f"kind='{kind}' is for nn.Linear; use one of {', '.join(_CONVS)}")
+    return _CONVS[kind].from_conv(layer, rule.rank)
 
 
 def _modes(layer: nn.Linear, rule: TensorRule) -> tuple[tuple[int, ...], tuple[int, ...]]:
