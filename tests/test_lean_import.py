@@ -9,7 +9,8 @@ import sys
 
 HEAVY = ["onnx", "onnxscript", "onnxruntime", "openvino", "jinja2", "typer", "rich", "scipy", "yaml"]
 PROBE = f"""
-import json, sys, time
+import gc, json, sys, time
+gc.disable()  # one pass over all of torch's objects would count on whichever side it falls
 begin = time.process_time()  # what else runs on the machine does not count
 import torch
 before, middle = set(sys.modules), time.process_time()
