@@ -104,4 +104,3 @@ def test_bad_input_is_one_clear_error() -> None:
         reduce_ranks(noisy_train(), recipe(4), [torch.randn(4, 64)], tolerance=0)
     with pytest.raises(LowbitError, match="no batch"):
         reduce_ranks(noisy_train(), recipe(4), [])
-    assert lowbit

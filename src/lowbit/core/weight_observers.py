@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lowbit.core import levels
-from lowbit.core.affine import choose_qparams, group_amin_amax
+from lowbit.core.affine import choose_qparams, fake_quantize, group_amin_amax
 from lowbit.core.levels import Fit
 from lowbit.core.ranges import least_error_range_of
 from lowbit.core.spec import QuantSpec
@@ -38,6 +38,12 @@ def fit(x: Tensor, spec: QuantSpec, observer: str = "mse") -> Fit:
     """
     check_weight_observer(observer, spec)
     return weight_observers.get(observer)(x, spec)
+
+
+def rounded(x: Tensor, spec: QuantSpec) -> Tensor:
+    """A tensor at rest as it is once quantized, with the scale of least squared error."""
+    found = fit(x, spec)
+    return fake_quantize(x, found.scale, found.zero_point, spec)
 
 
 def suits(observer: str, spec: QuantSpec) -> bool:

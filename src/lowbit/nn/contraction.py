@@ -86,10 +86,10 @@ class _Step:
             bias: [outputs * rest], the same for every product; where rest = 1 also [batch * outputs].
         """
         if self.rest == 1:
-            shape, weight = (self.batch, self.depth), matrix.t()
+            shape = (self.batch, self.depth)
             if bias is None or bias.numel() == self.outputs:
                 return lambda x: F.linear(x.reshape(shape), matrix, bias)
-            rows = bias.reshape(self.batch, self.outputs)
+            weight, rows = matrix.t(), bias.reshape(self.batch, self.outputs)
             return lambda x: torch.addmm(rows, x.reshape(shape), weight)
         added = None if bias is None else bias.reshape(self.outputs, self.rest)
         if self.batch == 1:
@@ -195,9 +195,6 @@ class Order:
         parts = zip(self.steps, ordered, biases, strict=True)
         runs = [step.bound(matrix, added) for step, matrix, added in parts]
         later = None if fused is not None else bias
-        if len(runs) == 2 and later is None:
-            first, last = runs
-            return lambda x: last(first(x)).reshape(out)
 
         def run(x: Tensor) -> Tensor:
             for step in runs:

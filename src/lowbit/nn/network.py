@@ -83,7 +83,7 @@ class Blueprint:
         return names or tuple(f"cores.{k}" for k in range(len(self.ranks) + 1))
 
     def bonds(self, path: str = "") -> tuple[Bond, ...]:
-        """Those that a change of basis leaves alone, between paths of layers."""
+        """Those whose basis is free to choose, between paths of layers."""
         if not network_kind(self.kind).mixes:
             return ()
         names = self.paths(path)

@@ -56,8 +56,9 @@ class ConvChain(TensorNetwork):
         self.reset_parameters()
 
     def _options(self, name: str, like: nn.Conv2d) -> dict[str, Any]:
-        """Kernel size, stride and so on of one factor."""
-        raise NotImplementedError
+        """Kernel size, stride and so on of one factor: along height, along width, or 1x1."""
+        axis = {"height": 0, "width": 1}.get(name)
+        return {"kernel_size": 1} if axis is None else _along(like, axis)
 
     @classmethod
     def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], float]:
@@ -187,7 +188,7 @@ class ConvChain(TensorNetwork):
         factors = self.factors
         if any(f.padding_mode != "zeros" for f in factors) or x.ndim != 4:
             return False
-        size, moved, macs, seconds = tuple(x.shape[2:]), x[0].numel(), 0, 0.0
+        size, moved, seconds = tuple(x.shape[2:]), x[0].numel(), 0.0
         for factor in factors:
             size = _size_after(factor, size)
             written = factor.out_channels * math.prod(size)
@@ -232,7 +233,7 @@ class TuckerConv2d(ConvChain):
 
     def _options(self, name: str, like: nn.Conv2d) -> dict[str, Any]:
         if name != "core":
-            return {"kernel_size": 1}
+            return super()._options(name, like)
         fields = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         return {field: getattr(like, field) for field in fields}
 
@@ -248,10 +249,6 @@ class TTConv2d(ConvChain):
     """A train over input channels, height, width, output channels: 1x1, then k x 1, then 1 x k, then 1x1."""
 
     names = ("input", "height", "width", "output")
-
-    def _options(self, name: str, like: nn.Conv2d) -> dict[str, Any]:
-        axis = {"height": 0, "width": 1}.get(name)
-        return {"kernel_size": 1} if axis is None else _along(like, axis)
 
     @classmethod
     def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], float]:
@@ -270,10 +267,6 @@ class CPConv2d(ConvChain):
 
     names = ("input", "height", "width", "output")
     mixes = False
-
-    def _options(self, name: str, like: nn.Conv2d) -> dict[str, Any]:
-        axis = {"height": 0, "width": 1}.get(name)
-        return {"kernel_size": 1} if axis is None else _along(like, axis)
 
     def __init__(self, like: nn.Conv2d, ranks: Sequence[int]) -> None:
         super().__init__(like, ranks)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowbit.core.affine import fake_quantize
-from lowbit.core.spec import BINARY, INT8, QuantSpec
-from lowbit.core.weight_observers import fit
+from lowbit.core.spec import BINARY, INT8
+from lowbit.core.weight_observers import rounded
 from lowbit.cost import stored_bytes
 from lowbit.errors import LowbitError
 from lowbit.model import QuantizedModel
@@ -112,7 +111,7 @@ def account(model: nn.Module, small: nn.Module, q: QuantizedModel) -> Account:
             spec = layer.weight_quantizer.spec if isinstance(layer, QLayer) else None
             stored += stored_bytes(tuple(factor.weight.shape), spec)
             if spec is not None:
-                factor.weight = nn.Parameter(_rounded(factor.weight.detach(), spec))
+                factor.weight = nn.Parameter(rounded(factor.weight.detach(), spec))
         with torch.no_grad():
             error = _error(weight, network.dense_weight())
         bits, dense_error = _dense(weight.detach(), stored)
@@ -125,13 +124,8 @@ def _dense(weight: Tensor, most: int) -> tuple[int, float]:
     for bits in range(8, 0, -1):
         spec = narrowed(INT8, bits, "weight") if bits > 1 else BINARY
         if stored_bytes(tuple(weight.shape), spec) <= most:
-            return bits, _error(weight, _rounded(weight, spec))
+            return bits, _error(weight, rounded(weight, spec))
     return 0, 1.0
-
-
-def _rounded(weight: Tensor, spec: QuantSpec) -> Tensor:
-    found = fit(weight, spec)
-    return fake_quantize(weight, found.scale, found.zero_point, spec)
 
 
 def _error(weight: Tensor, found: Tensor) -> float:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.core.affine import fake_quantize
 from lowbit.core.spec import INT8, QuantSpec
-from lowbit.core.weight_observers import fit
+from lowbit.core.weight_observers import rounded
 from lowbit.cost import stored_bytes
 from lowbit.decompose.ranks import Budget as Share
 from lowbit.decompose.ranks import Fixed, TooSmallError
@@ -175,12 +174,24 @@ def allocate_ranks(
         return best
     if best.accuracy < accuracy:
         return replace(best, holds=False)
+    return _smallest(table, best, macs, accuracy, evaluate, tries)
+
+
+def _smallest(
+    table: _Table,
+    best: Plan,
+    macs: int | None,
+    accuracy: float,
+    evaluate: Callable[[Plan], float],
+    tries: int,
+) -> Plan:
+    """By bisection of bytes below a plan that holds the accuracy."""
     low, high = table.least_bytes(macs) - 1, best.bytes
     for _ in track(range(tries), "evaluating sizes", total=tries):
         middle = (low + high) // 2
         if middle <= low:
             break
-        found = table.solve(middle, macs, activation)
+        found = table.solve(middle, macs, best.activation)
         found = replace(found, accuracy=float(evaluate(found)))
         if found.accuracy is not None and found.accuracy >= accuracy:
             best, high = found, found.bytes
@@ -321,16 +332,12 @@ def _cp_rank(layer: nn.Module, share: float) -> Fixed:
 def _rounded(layer: nn.Module, network: TensorNetwork | None, spec: QuantSpec) -> tuple[Tensor, int]:
     """The dense weight of a layer once the factors are rounded, and the bytes of these."""
 
-    def quantized(w: Tensor) -> Tensor:
-        found = fit(w, spec)
-        return fake_quantize(w, found.scale, found.zero_point, spec)
-
     if network is None:
-        return quantized(layer.weight.detach()), _bytes(layer, spec, layer)
+        return rounded(layer.weight.detach(), spec), _bytes(layer, spec, layer)
     weights = [factor.weight for factor in network.factors]
     try:
         for factor, weight in zip(network.factors, weights, strict=True):
-            factor.weight = nn.Parameter(quantized(weight.detach()))
+            factor.weight = nn.Parameter(rounded(weight.detach(), spec))
         stored = sum(_bytes(factor, spec, layer) for factor in network.factors)
         return network.dense_weight().detach(), stored
     finally:
