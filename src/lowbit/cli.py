@@ -20,6 +20,7 @@ import yaml
 import lowbit
 from lowbit import cli_inputs, cli_search, cli_tensorize, cli_train
 from lowbit.cli_options import (
+    AlsoOnnx,
     BatchSize,
     Checkpoint,
     Data,
@@ -28,6 +29,7 @@ from lowbit.cli_options import (
     ModelOption,
     NumBatches,
     OptionalData,
+    Output,
     Shape,
     Weights,
 )
@@ -90,11 +92,11 @@ def demo(
 @app.command()
 def quantize(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.safetensors", help="file to write")],
+    output: Output,
     recipe: Annotated[str, typer.Option(help="preset (w8a8, w4, w1, ternary, ...) or YAML file")] = "w8a8",
     data: OptionalData = None,
     weights: Weights = None,
-    onnx: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="also write this file")] = None,
+    onnx: AlsoOnnx = None,
     num_batches: NumBatches = None,
     batch_size: BatchSize = None,
     input_shape: Shape = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "AlsoOnnx",
     "BatchSize",
     "Checkpoint",
     "Data",
@@ -16,6 +17,7 @@ __all__ = [
     "ModelOption",
     "NumBatches",
     "OptionalData",
+    "Output",
     "Shape",
     "Weights",
 ]
@@ -25,6 +27,8 @@ DATA_HELP = ".npz, .npy or .safetensors with x (and y), or module:callable that 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a file that quantize wrote")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE.safetensors", help="file to write")]
+AlsoOnnx = Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="also write this file")]
 Weights = Annotated[str | None, typer.Option(metavar="FILE.safetensors", help="state dict of the model")]
 Data = Annotated[str, typer.Option(metavar="DATA", help=DATA_HELP)]
 OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=DATA_HELP)]

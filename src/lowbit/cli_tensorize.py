@@ -5,14 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import lowbit
 from lowbit import cli_inputs
-from lowbit.cli_options import BatchSize, Json, Model, NumBatches, OptionalData, Shape, Weights
+from lowbit.cli_options import (
+    AlsoOnnx,
+    BatchSize,
+    Json,
+    Model,
+    NumBatches,
+    OptionalData,
+    Output,
+    Shape,
+    Weights,
+)
 from lowbit.cli_output import answering
 from lowbit.errors import LowbitError, near_miss
 from lowbit.tensor_networks import Budget, Energy, Error, Fixed, TensorRule, Vbmf, reduce_ranks
@@ -32,7 +41,7 @@ Rules = Annotated[
 
 def tensorize(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.safetensors", help="file to write")],
+    output: Output,
     rule: Rules = None,
     recipe: Annotated[str, typer.Option(help="preset (w8a8, w4, ...) or YAML file for the factors")] = "w8a8",
     bits: Annotated[
@@ -43,7 +52,7 @@ def tensorize(
     ] = None,
     data: OptionalData = None,
     weights: Weights = None,
-    onnx: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="also write this file")] = None,
+    onnx: AlsoOnnx = None,
     num_batches: NumBatches = None,
     batch_size: BatchSize = None,
     input_shape: Shape = None,

@@ -66,9 +66,11 @@ class Place:
 
 
 def narrowed(spec: QuantSpec, bits: int, kind: str) -> QuantSpec:
-    """A spec at another width: as presets have it, weights of 2 and 3 bits have odd codes."""
+    """A spec at another width: as presets have it, weights of 1 to 3 bits have odd codes."""
     plain = spec.signed and spec.symmetric and not spec.narrow and spec.rounding == "half_even"
-    return replace(spec.at(bits), mid_rise=kind == "weight" and bits <= 3 and plain)
+    odd = kind == "weight" and bits <= 3 and plain
+    # in one step, for one bit has no other codes
+    return replace(spec, bits=bits, mid_rise=odd, split=spec.split and bits == spec.bits)
 
 
 def candidates_of(place: Place, candidates: Sequence[Candidate]) -> list[QuantSpec]:

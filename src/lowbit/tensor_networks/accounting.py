@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowbit.core.spec import BINARY, INT8
+from lowbit.core.spec import INT8
 from lowbit.core.weight_observers import rounded
 from lowbit.cost import stored_bytes
 from lowbit.errors import LowbitError
@@ -122,7 +122,7 @@ def account(model: nn.Module, small: nn.Module, q: QuantizedModel) -> Account:
 def _dense(weight: Tensor, most: int) -> tuple[int, float]:
     """The widest codes within so many bytes, and their error."""
     for bits in range(8, 0, -1):
-        spec = narrowed(INT8, bits, "weight") if bits > 1 else BINARY
+        spec = narrowed(INT8, bits, "weight")
         if stored_bytes(tuple(weight.shape), spec) <= most:
             return bits, _error(weight, rounded(weight, spec))
     return 0, 1.0
