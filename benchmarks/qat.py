@@ -36,7 +36,7 @@ import cifar
 import lowbit
 from common import Claim, Table, arguments, progress, report
 from lowbit.core.estimators import estimators
-from lowbit.qat import Trainer
+from lowbit.qat import Trainer, restore
 from lowbit.recipe import Recipe, preset
 from networks import load_cifar
 
@@ -106,14 +106,27 @@ class Bench:
         return self.once(f"ptq-{name}", run)["top1"]
 
     def qat(
-        self, name: str, recipe: Recipe, *, epochs: int = 1, seed: int = 0, **settings: Any
+        self,
+        name: str,
+        recipe: Recipe,
+        *,
+        epochs: int = 1,
+        seed: int = 0,
+        start: str | None = None,
+        **settings: Any,
     ) -> dict[str, Any]:
-        """Train under the recipe; "top1" is that of the frozen model, the one that is deployed."""
+        """Train under the recipe; "top1" is that of the frozen model, the one that is deployed.
+
+        Args:
+            start: the run whose last weights and scales to start from (default: the float network's).
+        """
         folder = self.folder(name)
 
         def run() -> dict[str, float]:
             torch.manual_seed(seed)
             q = self.prepared(recipe)
+            if start is not None:
+                restore(q, self.folder(start) / "last.safetensors")
             speed = {"bf16": self.options.bf16, "channels_last": True}
             settled = {"epochs": epochs, "seed": seed, "out": folder, "checkpoint_every": 100}
             Trainer(q, Augmented(self.train), teacher=self.model, **speed, **settled, **settings).fit()
@@ -264,16 +277,22 @@ def plot(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
 
 
 def long(bench: Bench) -> tuple[list[Table], list[Claim]]:
-    """More epochs, one seed, last epoch."""
-    epochs = bench.options.epochs
+    """More epochs, last epoch; each further cycle goes on from the end of the last, the rate raised again."""
+    length = " + ".join(map(str, bench.options.epochs))
     table = Table(
-        title=f"{epochs} epochs, seed 0, last epoch: top-1 %",
+        title=f"{length} epochs, last epoch: top-1 %",
         columns=("recipe", "top-1 %", "asked", "hours"),
         formats={"top-1 %": ".2f", "hours": ".2f"},
     )
     claims = []
     for name in bench.options.recipes:
-        found = bench.qat(f"long{epochs}-{name}", preset(name), epochs=epochs)
+        found, start = {"seconds": 0.0}, None
+        for cycle, epochs in enumerate(bench.options.epochs):
+            run = "long" + "+".join(map(str, bench.options.epochs[: cycle + 1])) + f"-{name}"
+            spent = found["seconds"]
+            found = bench.qat(run, preset(name), epochs=epochs, seed=cycle, start=start)
+            found["seconds"] += spent
+            start = run
         table.add(
             **{
                 "recipe": name,
@@ -282,7 +301,7 @@ def long(bench: Bench) -> tuple[list[Table], list[Claim]]:
                 "hours": found["seconds"] / 3600,
             }
         )
-        claims.append(Claim(claim=f"{name}, {epochs} epochs", measured=found["top1"], bound=LONG[name]))
+        claims.append(Claim(claim=f"{name}, {length} epochs", measured=found["top1"], bound=LONG[name]))
     return [table], claims
 
 
@@ -296,7 +315,9 @@ def main() -> int:
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=["protocol"])
     parser.add_argument("--recipes", nargs="+", choices=NAMES, default=list(NAMES), help="in protocol, long")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the protocol")
-    parser.add_argument("--epochs", type=int, default=10, help="of the long run (default: 10)")
+    parser.add_argument(
+        "--epochs", nargs="+", type=int, default=[10], help="of each cycle of the long run (default: 10)"
+    )
     parser.add_argument("--images", type=int, help="use the first so many training images (default: all)")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16: faster, for studies")
     parser.add_argument("--plot", type=Path, help="SVG file for the curves of study rates; needs matplotlib")

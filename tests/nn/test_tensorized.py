@@ -231,8 +231,9 @@ class TestConvChains:
     @pytest.mark.parametrize(("kind", "rank"), [(TuckerConv2d, 99), (TTConv2d, 999)])
     def test_at_full_rank_nothing_is_lost(self, kind: type[ConvChain], rank: int) -> None:
         conv = nn.Conv2d(4, 6, (3, 2))
-        layer, error = kind.from_conv(conv, Fixed(rank))
-        assert error < 1e-6
+        layer, lost = kind.from_conv(conv, Fixed(rank))
+        assert lost.total < 1e-6
+        assert max(lost.bonds) < 1e-6
         close(layer.dense_weight(), conv.weight)
         close(layer(torch.ones(1, 4, 5, 5)), conv(torch.ones(1, 4, 5, 5)))
 

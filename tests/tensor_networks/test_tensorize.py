@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,10 @@ def test_the_error_is_that_of_the_weight(rule: TensorRule, kind: type) -> None:
     with torch.no_grad():
         error = (layer.dense_weight() - weight).norm() / weight.norm()
     assert row.error == pytest.approx(float(error), rel=1e-3)
+    assert len(row.bond_errors) == (0 if kind is CPConv2d else len(row.ranks))
+    if row.bond_errors:  # one bond cannot lose more than all, all no more than together
+        assert max(row.bond_errors) <= row.error * 1.001
+        assert row.error <= math.hypot(*row.bond_errors) * 1.001
 
 
 @pytest.mark.parametrize("rank", [Energy(0.5), Error(0.6), Budget(0.3), Vbmf()])

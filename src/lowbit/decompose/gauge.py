@@ -33,7 +33,7 @@ def fix_gauge(train: Train, sweeps: int = 10) -> Train:
             scale = torch.where((left > 0) & (right > 0), (left / right).sqrt(), 1.0)
             cores[k] = cores[k] / scale
             cores[k + 1] = cores[k + 1] * scale.reshape(-1, *[1] * (cores[k + 1].ndim - 1))
-    return Train(tuple(new.to(old.dtype) for new, old in zip(cores, train.cores, strict=True)), train.error)
+    return Train(tuple(new.to(old.dtype) for new, old in zip(cores, train.cores, strict=True)), train.lost)
 
 
 def mixing(n: int) -> Tensor:

@@ -18,14 +18,17 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 
 __all__ = [
+    "NOTHING",
     "Budget",
     "Energy",
     "Error",
     "Fixed",
+    "Lost",
     "RankRule",
     "TooSmallError",
     "Vbmf",
     "affordable",
+    "lost_at_bonds",
     "rank_of",
     "vbmf_rank",
 ]
@@ -85,6 +88,18 @@ class Vbmf:
     """Those that stand out of the noise: variational Bayesian matrix factorization (Nakajima et al. 2013)."""
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What a decomposition leaves out of w: norms, relative to |w|."""
+
+    total: float = 0.0
+    # what the rank of each bond leaves out on its own; together no more than the root of the sum of squares
+    bonds: tuple[float, ...] = ()
+
+
+NOTHING = Lost()
+
+
 class TooSmallError(LowbitError):
     """Even ranks of 1 take more than a budget allows."""
 
@@ -128,6 +143,14 @@ def rank_of(values: Tensor, rule: RankRule, *, unfoldings: int = 1, shape: Seque
     # what is lost by keeping 0, 1, 2, ... of them
     tails = torch.cat([values.square().flip(0).cumsum(0).flip(0), values.new_zeros(1)])
     return max(1, int((tails > lost * total * (1 + 1e-12)).sum()))
+
+
+def lost_at_bonds(spectra: Sequence[Tensor], ranks: Sequence[int]) -> tuple[float, ...]:
+    """Norm of the singular values beyond the rank, relative to that of all, for each unfolding."""
+    pairs = [
+        (values.double().norm(), values[r:].double().norm()) for values, r in zip(spectra, ranks, strict=True)
+    ]
+    return tuple(float(tail / size) if size else 0.0 for size, tail in pairs)
 
 
 def affordable(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.decompose.ranks import Budget, Fixed, RankRule, affordable, rank_of
+from lowbit.decompose.ranks import NOTHING, Budget, Fixed, Lost, RankRule, affordable, lost_at_bonds, rank_of
 from lowbit.errors import LowbitError
 
 __all__ = [
@@ -38,13 +38,17 @@ class Train:
     """
 
     cores: tuple[Tensor, ...]
-    # |x - dense()| / |x|
-    error: float = 0.0
+    lost: Lost = NOTHING
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """r(0) to r(d)."""
         return (*(core.shape[0] for core in self.cores), self.cores[-1].shape[-1])
+
+    @property
+    def error(self) -> float:
+        """|x - dense()| / |x|."""
+        return self.lost.total
 
     @property
     def parameters(self) -> int:
@@ -105,7 +109,8 @@ def _exact(x: Tensor) -> Train:
 def rounded(train: Train, rule: RankRule) -> Train:
     """The train with fewer ranks, its error relative to what it was (Oseledets 2011, algorithm 2)."""
     wide = orthogonal([core.double() for core in train.cores])
-    ranks = _choose(train, spectra_of(wide), rule)
+    spectra = spectra_of(wide)
+    ranks = _choose(train, spectra, rule)
     cores = list(wide)
     for k in range(len(cores) - 1, 0, -1):
         left, values, right = _split(cores[k])
@@ -114,7 +119,8 @@ def rounded(train: Train, rule: RankRule) -> Train:
         cores[k - 1] = torch.tensordot(cores[k - 1], left[:, :keep] * values[:keep], 1)
     found, size = Train(tuple(cores)), float(wide[-1].norm())
     error = float((Train(tuple(wide)).dense() - found.dense()).norm()) / size if size else 0.0
-    return Train(tuple(core.float() for core in cores), error)
+    lost = Lost(error, lost_at_bonds(spectra, found.ranks[1:-1]))
+    return Train(tuple(core.float() for core in cores), lost)
 
 
 def orthogonal(cores: list[Tensor]) -> list[Tensor]:
@@ -180,7 +186,7 @@ def matrix_to_train(w: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]
     sizes = [m * n for m, n in zip(out_modes, in_modes, strict=True)]
     train = tensor_to_train(x.reshape(sizes), rule)
     shapes = zip(train.cores, out_modes, in_modes, strict=True)
-    return Train(tuple(c.reshape(c.shape[0], m, n, c.shape[-1]) for c, m, n in shapes), train.error)
+    return Train(tuple(c.reshape(c.shape[0], m, n, c.shape[-1]) for c, m, n in shapes), train.lost)
 
 
 def train_to_matrix(train: Train) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.decompose.ranks import Budget, Fixed, RankRule, affordable, rank_of
+from lowbit.decompose.ranks import NOTHING, Budget, Fixed, Lost, RankRule, affordable, lost_at_bonds, rank_of
 from lowbit.errors import LowbitError
 
 __all__ = ["Tucker", "cp", "cp_to_tensor", "tucker", "tucker_to_tensor"]
@@ -27,8 +27,12 @@ class Tucker:
     core: Tensor
     # by axis of the tensor
     factors: dict[int, Tensor]
-    # |w - dense| / |w|
-    error: float = 0.0
+    lost: Lost = NOTHING
+
+    @property
+    def error(self) -> float:
+        """|w - dense| / |w|."""
+        return self.lost.total
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -51,7 +55,8 @@ def tucker(w: Tensor, rule: RankRule, axes: Sequence[int] = (0, 1)) -> Tucker:
 
     if not axes or len(set(axes)) != len(axes) or not all(0 <= a < w.ndim for a in axes):
         raise LowbitError(f"axes {tuple(axes)} are not different axes of a tensor of shape {list(w.shape)}")
-    ranks = _possible(dict(zip(axes, _ranks(w.double(), rule, axes), strict=True)), w.shape)
+    spectra = [torch.linalg.svdvals(w.double().movedim(axis, 0).flatten(1)) for axis in axes]
+    ranks = _possible(dict(zip(axes, _ranks(w, spectra, rule, axes), strict=True)), w.shape)
     rising = sorted(axes)
     with tensorly.backend_context("pytorch"):
         (core, factors), _ = partial_tucker(
@@ -59,8 +64,8 @@ def tucker(w: Tensor, rule: RankRule, axes: Sequence[int] = (0, 1)) -> Tucker:
         )
     by_axis = dict(zip(rising, factors, strict=True))
     found = Tucker(core, {axis: by_axis[axis] for axis in axes})
-    error = _error(w, tucker_to_tensor(found))
-    return Tucker(core.float(), {axis: f.float() for axis, f in found.factors.items()}, error)
+    lost = Lost(_error(w, tucker_to_tensor(found)), lost_at_bonds(spectra, found.ranks))
+    return Tucker(core.float(), {axis: f.float() for axis, f in found.factors.items()}, lost)
 
 
 def tucker_to_tensor(found: Tucker) -> Tensor:
@@ -71,12 +76,11 @@ def tucker_to_tensor(found: Tucker) -> Tensor:
     return dense
 
 
-def _ranks(w: Tensor, rule: RankRule, axes: Sequence[int]) -> tuple[int, ...]:
+def _ranks(w: Tensor, spectra: Sequence[Tensor], rule: RankRule, axes: Sequence[int]) -> tuple[int, ...]:
     if isinstance(rule, Fixed) and isinstance(rule.rank, tuple):
         if len(rule.rank) != len(axes):
             raise LowbitError(f"{len(rule.rank)} ranks for the axes {tuple(axes)}; give one for each")
         return tuple(min(r, w.shape[a]) for r, a in zip(rule.rank, axes, strict=True))
-    spectra = [torch.linalg.svdvals(w.movedim(axis, 0).flatten(1)) for axis in axes]
     if isinstance(rule, Budget):
 
         def count(ranks: Sequence[int]) -> int:

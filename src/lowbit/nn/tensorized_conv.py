@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.decompose.ranks import RankRule
+from lowbit.decompose.ranks import Lost, RankRule
 from lowbit.decompose.tt import Train, tensor_to_train
 from lowbit.decompose.tucker import cp, tucker
 from lowbit.errors import LowbitError
@@ -61,20 +61,20 @@ class ConvChain(TensorNetwork):
         return {"kernel_size": 1} if axis is None else _along(like, axis)
 
     @classmethod
-    def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], float]:
-        """Weights of the factors of a dense weight [out, in, height, width], and the relative error."""
+    def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], Lost]:
+        """Weights of the factors of a dense weight [out, in, height, width], and what they leave out."""
         raise NotImplementedError
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, rule: RankRule) -> tuple[ConvChain, float]:
-        """The chain nearest to a convolution, and its relative error |w - dense| / |w|."""
-        weights, error = cls.decompose(conv.weight.detach(), rule)
+    def from_conv(cls, conv: nn.Conv2d, rule: RankRule) -> tuple[ConvChain, Lost]:
+        """The chain nearest to a convolution, and what it leaves out."""
+        weights, lost = cls.decompose(conv.weight.detach(), rule)
         layer = cls(conv, [len(weight) for weight in weights[:-1]])
         for factor, weight in zip(layer.factors, weights, strict=True):
             resize(factor, weight)
         if conv.bias is not None:
             layer.factors[-1].bias = nn.Parameter(conv.bias.detach().clone())
-        return layer.to(conv.weight), error
+        return layer.to(conv.weight), lost
 
     @property
     def factors(self) -> Sequence[nn.Conv2d]:
@@ -238,10 +238,10 @@ class TuckerConv2d(ConvChain):
         return {field: getattr(like, field) for field in fields}
 
     @classmethod
-    def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], float]:
+    def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], Lost]:
         found = tucker(weight, rule, axes=(1, 0))
         into, out = found.factors[1], found.factors[0]
-        return [into.t()[:, :, None, None], found.core, out[:, :, None, None]], found.error
+        return [into.t()[:, :, None, None], found.core, out[:, :, None, None]], found.lost
 
 
 @networks.register("TTConv2d")
@@ -251,11 +251,11 @@ class TTConv2d(ConvChain):
     names = ("input", "height", "width", "output")
 
     @classmethod
-    def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], float]:
+    def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], Lost]:
         train = tensor_to_train(weight.permute(1, 2, 3, 0), rule)
         first, height, width, last = train.cores
         found = Train((first[:, :, None, None], height[:, :, None], width[:, None], last[:, None, None]))
-        return cls.weights_of(found), train.error
+        return cls.weights_of(found), train.lost
 
 
 @networks.register("CPConv2d")
@@ -279,7 +279,7 @@ class CPConv2d(ConvChain):
         self.reset_parameters()
 
     @classmethod
-    def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], float]:
+    def decompose(cls, weight: Tensor, rule: RankRule) -> tuple[list[Tensor], Lost]:
         rank = getattr(rule, "rank", None)
         if not isinstance(rank, int):
             raise LowbitError(f"{rule} gives no rank of a CP decomposition; use Fixed(number)")
@@ -289,4 +289,4 @@ class CPConv2d(ConvChain):
             height.t()[:, None, :, None],
             width.t()[:, None, None, :],
             out[:, :, None, None],
-        ], error
+        ], Lost(error)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lowbit.cost import cost_of
-from lowbit.decompose.ranks import Energy, Fixed, RankRule, TooSmallError
+from lowbit.decompose.ranks import Energy, Fixed, Lost, RankRule, TooSmallError
 from lowbit.decompose.tt import factorize, matrix_to_train
 from lowbit.errors import LowbitError, expect, near_miss
 from lowbit.graph.inputs import Inputs
@@ -89,6 +89,8 @@ class Row:
     macs_after: int | None = None
     # why it was left alone, or what else there is to say
     why: str = ""
+    # what the rank of each bond leaves out on its own
+    bond_errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,19 @@ class Tensorized:
         return sum(r.weights_before for r in self.rows) / max(1, sum(r.weights_after for r in self.rows))
 
     def __str__(self) -> str:
-        header = ("layer", "operation", "becomes", "ranks", "error", "weights", "were", "MACs", "were", "why")
+        header = (
+            "layer",
+            "operation",
+            "becomes",
+            "ranks",
+            "error",
+            "at bonds",
+            "weights",
+            "were",
+            "MACs",
+            "were",
+            "why",
+        )
         rows = [
             (
                 r.name,
@@ -112,6 +126,7 @@ class Tensorized:
                 r.kind,
                 " ".join(map(str, r.ranks)),
                 f"{r.error:.3f}" if r.kind else "",
+                " ".join(f"{e:.3f}" for e in r.bond_errors),
                 f"{r.weights_after:,}",
                 f"{r.weights_before:,}",
                 "" if r.macs_after is None else f"{r.macs_after:,}",
@@ -223,7 +238,7 @@ def _decomposed(
     if why:
         return replace(row, why=why), None
     try:
-        network, error = network_of(path, layer, rule)
+        network, lost = network_of(path, layer, rule)
     except TooSmallError as small:
         return replace(row, why=str(small)), None
     if network.weights >= count:
@@ -233,7 +248,9 @@ def _decomposed(
     asked = rule.rank.rank if isinstance(rule.rank, Fixed) else ranks
     asked = (asked,) * len(ranks) if isinstance(asked, int) else asked
     why = "" if asked == ranks else f"of the ranks {_text(asked)} no more fit"
-    done = replace(row, kind=type(network).__name__, ranks=ranks, error=error, why=why)
+    done = replace(
+        row, kind=type(network).__name__, ranks=ranks, error=lost.total, bond_errors=lost.bonds, why=why
+    )
     return replace(done, weights_after=network.weights), network
 
 
@@ -241,27 +258,27 @@ def _text(ranks: Sequence[int]) -> str:
     return " ".join(map(str, ranks))
 
 
-def network_of(path: str, layer: nn.Module, rule: TensorRule) -> tuple[TensorNetwork, float]:
-    """The network that a rule makes of a layer, and its relative error.
+def network_of(path: str, layer: nn.Module, rule: TensorRule) -> tuple[TensorNetwork, Lost]:
+    """The network that a rule makes of a layer, and what it leaves out.
 
     Raises:
         LowbitError: the rule does not suit the layer.
     """
     assert not isinstance(rule.rank, (int, tuple))
     try:
-        network, error = _made(layer, rule)
+        network, lost = _made(layer, rule)
     except TooSmallError:
         raise
     except LowbitError as error:
         raise LowbitError(f"'{path}': {error}") from None
-    return network.to(layer.weight).requires_grad_(layer.weight.requires_grad), error
+    return network.to(layer.weight).requires_grad_(layer.weight.requires_grad), lost
 
 
-def _made(layer: nn.Module, rule: TensorRule) -> tuple[TensorNetwork, float]:
+def _made(layer: nn.Module, rule: TensorRule) -> tuple[TensorNetwork, Lost]:
     if isinstance(layer, nn.Linear):
         out_modes, in_modes = _modes(layer, rule)
         train = matrix_to_train(layer.weight.detach(), out_modes, in_modes, rule.rank)
-        return TTLinear.from_train(train, layer.bias), train.error
+        return TTLinear.from_train(train, layer.bias), train.lost
     kind = rule.kind or "tucker"
     if kind not in _CONVS:
         raise LowbitError(f"kind='{kind}' is for nn.Linear; use one of {', '.join(_CONVS)}")
