@@ -309,13 +309,29 @@ def _check_keys(data: Any, cls: type[Rule | Recipe]) -> None:
 
 _EDGES = "the first and the last layer keep 8 bits"
 _NAME = re.compile(r"(?:w([1-8])|ternary)(?:a([1-8]))?")
+_FIXED = re.compile(r"fixed([2-9]|1[0-6])")
 # activations of one bit; behind a ReLU `place` makes the codes 0 and 1 of it
 SIGN = SPECS["sign"]
 
 
 def presets() -> tuple[str, ...]:
     """Names that `preset` takes; any other width from 1 to 8 is written in the same way."""
-    return ("w8a8", "w8", "w4a8", "w4", "w4a4", "w3a3", "w2a2", "ternary", "b1.58", "w1", "w1a1", "fp16")
+    return (
+        "w8a8",
+        "w8",
+        "w4a8",
+        "w4",
+        "w4a4",
+        "w3a3",
+        "w2a2",
+        "ternary",
+        "b1.58",
+        "w1",
+        "w1a1",
+        "fixed8",
+        "fixed6",
+        "fp16",
+    )
 
 
 def preset(
@@ -334,6 +350,9 @@ def preset(
     magnitude of the tensor for the scale, whatever the granularity, and 8-bit activations. BatchNorm is kept
     for training and folded at freeze.
 
+    `fixed8`, `fixed6` and so on, up to 16 bits, are fixed point for hardware: one power of two for each
+    tensor, first and last layer too; no zero point, and no sign behind a ReLU; BatchNorm folded at once.
+
     Args:
         observer: how ranges of activations are chosen; see `lowbit.core.observers`.
         weight_granularity: one scale per output channel, per tensor, or per group of that many inputs.
@@ -344,6 +363,9 @@ def preset(
     """
     if name == "fp16":
         return Recipe(rules=(Rule(weight=FP16),))
+    point = _FIXED.fullmatch(str(name))
+    if point is not None:
+        return _fixed(int(point[1]), observer, weight_granularity, estimator)
     if name == "b1.58":
         base = preset("ternarya8", observer=observer, weight_granularity="tensor", estimator=estimator)
         return replace(base, rules=(*base.rules[:-1], replace(base.rules[-1], weight_observer="absmean")))
@@ -370,6 +392,14 @@ def preset(
         layers = replace(narrow, match="role:layer", activation=read)
         rules = (*edges, layers, replace(wide, weight=None))
     return Recipe(rules=rules, equalize=True, **more)
+
+
+def _fixed(bits: int, observer: str, where: Any, estimator: str) -> Recipe:
+    """Powers of two everywhere; hardware has one type for a tensor, so by default one scale too."""
+    code = QuantSpec(bits=bits, scale="pow2")
+    weight = replace(code, granularity=PerTensor() if where == "channel" else _granularity(where))
+    rule = Rule(weight=weight, activation=code, observer=observer, estimator=estimator)
+    return Recipe(rules=(rule,), equalize=True, refine=("bias_correct",))
 
 
 def _odd_when_few(bits: int, where: Granularity) -> QuantSpec:

@@ -20,7 +20,7 @@ from lowbit.graph.trace import Inputs
 from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QLinear
 from lowbit.nn.quantizer import Quantizer, grid_of
 
-__all__ = ["Codes", "run_on_codes"]
+__all__ = ["Codes", "average_window", "run_on_codes"]
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _average(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
     source = args[0]
     if is_global_pool(node) or _covers_image(node, source.centred):
         return _global_average(source)
-    window = _window(node)
+    window = average_window(node)
     if window is None:
         return None
     means = _window_means(source.real(), *window)
@@ -256,7 +256,7 @@ def _global_average(source: Codes) -> Accumulated:
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool]
 
 
-def _window(node: fx.Node) -> Window | None:
+def average_window(node: fx.Node) -> Window | None:
     """Kernel, stride, padding, count_include_pad of average pooling; None where the kernel is not known."""
     if label(node).lower() in ("adaptiveavgpool2d", "adaptive_avg_pool2d"):
         size, out = node.args[0].meta["value"].shape[2:], node.meta["value"].shape[2:]  # type: ignore[union-attr]
@@ -290,7 +290,7 @@ def _both(value: Any) -> tuple[int, int]:
 
 
 def _covers_image(node: fx.Node, x: Tensor) -> bool:
-    window = _window(node)
+    window = average_window(node)
     return window is not None and window[0] == tuple(x.shape[2:]) and window[2] == (0, 0)
 
 

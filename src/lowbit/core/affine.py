@@ -6,6 +6,7 @@ Every granularity uses it as it stands, because a scale keeps the rank of its te
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ __all__ = [
     "grouped",
     "power_of_two",
     "quantize",
+    "round_codes",
+    "wrapped",
 ]
 
 # The smallest scale: products of two scales and their quotient by a third stay normal in float32.
@@ -79,9 +82,15 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
     return scale, zero_point.to(torch.int32)
 
 
-def power_of_two(scale: Tensor) -> Tensor:
-    """The next power of two from each scale up; a power of two stays."""
-    return torch.exp2(torch.ceil(torch.log2(scale)))
+def power_of_two(scale: Tensor, to: Literal["above", "nearest"] = "above") -> Tensor:
+    """The next power of two from each positive scale up, so that nothing is clipped; a power of two stays.
+
+    Args:
+        to: "nearest": the one of the nearest logarithm, half way up from sqrt(1/2) of it.
+    """
+    mantissa, exponent = torch.frexp(scale)
+    below = mantissa < math.sqrt(0.5) if to == "nearest" else mantissa == 0.5
+    return torch.ldexp(torch.ones_like(scale), exponent - below.int())
 
 
 def _check_range(lo: Tensor, hi: Tensor) -> None:
@@ -98,8 +107,15 @@ def _round_(x: Tensor, spec: QuantSpec) -> Tensor:
     """The nearest code, in place, as if codes had no ends; of two odd ones that are as near the upper."""
     if spec.mid_rise:
         return x.mul_(0.5).floor_().mul_(2.0).add_(1.0)
-    if spec.rounding == "half_even":
+    return round_codes(x, spec.rounding)
+
+
+def round_codes(x: Tensor, rounding: str) -> Tensor:
+    """Whole numbers, perhaps in place: "half_even", "half_up" or "floor"."""
+    if rounding == "half_even":
         return x.round_()
+    if rounding == "floor":
+        return x.floor_()
     below = torch.floor(x)
     return below + (x - below >= 0.5)  # floor(x + 0.5) would round the sum, and so 0.49999997 up
 
@@ -113,7 +129,14 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec)
     codes = _round_(x / scale, spec)
     if zero_point is not None:
         codes += zero_point
+    if spec.overflow == "wrap":
+        return wrapped(codes, spec.qmin, spec.bits)
     return codes.clamp_(spec.qmin, spec.qmax)
+
+
+def wrapped(codes: Tensor, qmin: int, bits: int) -> Tensor:
+    """What is left of whole numbers in the lowest bits, read from `qmin` up."""
+    return torch.remainder(codes - qmin, 2**bits) + qmin
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -142,7 +165,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     """dequantize(quantize(x)) without leaving floating point; NaN stays NaN."""
     if spec.kind == "float":
         return x.clamp(-FP16_MAX, FP16_MAX).half().to(x.dtype)
-    if spec.rounding == "half_even" and kernels.supports(x, scale):
+    if spec.is_standard and kernels.supports(x, scale):
         return kernels.fake_quantize(x, scale, zero_point, spec.qmin, spec.qmax, spec.mid_rise)
     scale = expand_to(scale, x.shape)
     if zero_point is None:

@@ -208,7 +208,7 @@ def _gradients(
 
 
 def _is_fused(x: Tensor, scale: Tensor, spec: QuantSpec) -> bool:
-    return spec.rounding == "half_even" and kernels.supports(x, scale)
+    return spec.is_standard and kernels.supports(x, scale)
 
 
 def _local(ctx: Any, g: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Local:

@@ -105,6 +105,8 @@ def histogram_error(counts: Tensor, edges: Tensor, spec: QuantSpec) -> ErrorOfRa
 
     The integral of (x - Q(x))^2 has a closed form: with n the code of x, f = x / s - n and t from one code to
     the next it is s^3 (t^2 n / 12 + f^3 / 3) inside the range, and a cubic in the distance from it outside.
+    Where codes are those below, 1/3 stands for t^2 / 12; where they wrap, what lies outside errs by the
+    whole range.
 
     Args:
         counts: [bins].
@@ -124,11 +126,17 @@ def histogram_error(counts: Tensor, edges: Tensor, spec: QuantSpec) -> ErrorOfRa
 
         inside = torch.minimum(torch.maximum(ends, bottom), top)
         steps = inside / step
-        codes = 2 * torch.floor(steps / 2) + 1 if spec.mid_rise else torch.round(steps)
-        codes = codes.clamp(max=spec.qmax) if spec.mid_rise else codes
+        if spec.mid_rise:
+            codes = (2 * torch.floor(steps / 2) + 1).clamp(max=spec.qmax)
+        else:
+            codes = torch.floor(steps) if spec.rounding == "floor" else torch.round(steps)
         rest, outside = steps - codes, ends - inside  # cubes as products: pow is ten times slower
-        integral = step**3 * (spec.step**2 * codes / 12 + rest * rest * rest / 3)
-        integral = integral + outside * outside * outside / 3
+        of_step = 1 / 3 if spec.rounding == "floor" else spec.step**2 / 12
+        integral = step**3 * (of_step * codes + rest * rest * rest / 3)
+        if spec.overflow == "wrap":
+            integral = integral + outside * (top - bottom).square()
+        else:
+            integral = integral + outside * outside * outside / 3
         return (integral.diff() * density).sum().reshape(lo.shape)
 
     return error

@@ -133,8 +133,10 @@ class QuantSpec:
     split: bool = False
     # "pow2" <=> the scale is a power of two: a shift in hardware
     scale: Literal["float", "pow2"] = "float"
-    # ties of the rounding: to the even code, or up
-    rounding: Literal["half_even", "half_up"] = "half_even"
+    # to the nearest code, ties to the even one or up; or to the next code below
+    rounding: Literal["half_even", "half_up", "floor"] = "half_even"
+    # what becomes of values beyond the outermost codes: they take those, or lose their upper bits
+    overflow: Literal["saturate", "wrap"] = "saturate"
 
     def __post_init__(self) -> None:
         """Check every field, and that they go together."""
@@ -152,6 +154,11 @@ class QuantSpec:
             if self.bits != 16:
                 raise LowbitError(f"kind='float' has 16 bits, not {self.bits}; use FP16, or kind='int'")
             return
+        if self.overflow == "wrap" and (self.narrow or self.mid_rise or not self.symmetric):
+            raise LowbitError(
+                "overflow='wrap' drops the upper bits of a code: narrow, mid_rise and a zero point do not go "
+                "with it"
+            )
         if self.split and not self.is_ternary:
             raise LowbitError("split=True gives each sign of ternary codes a scale; use bits=2, narrow=True")
         if self.mid_rise:
@@ -201,6 +208,11 @@ class QuantSpec:
     def is_ternary(self) -> bool:
         """Whether codes are -1, 0 and 1."""
         return self.kind == "int" and self.symmetric and self.narrow and self.bits == 2
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether it rounds half to even and saturates, as everything but hardware does."""
+        return self.rounding == "half_even" and self.overflow == "saturate"
 
     @property
     def step(self) -> int:
@@ -280,7 +292,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "mid_rise": (True, False),
     "split": (True, False),
     "scale": ("float", "pow2"),
-    "rounding": ("half_even", "half_up"),
+    "rounding": ("half_even", "half_up", "floor"),
+    "overflow": ("saturate", "wrap"),
 }
 
 INT8 = QuantSpec(bits=8, granularity=PerChannel(0))

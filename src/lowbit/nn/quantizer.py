@@ -174,7 +174,7 @@ class Quantizer(nn.Module):
         """Scale and zero point as the forward pass uses them.
 
         An optimizer may carry a learned scale through zero: it is mirrored back, in place. A scale that must
-        be a power of two is rounded up to one, and its gradient passes straight through.
+        be a power of two becomes the nearest one, and its gradient passes straight through.
         """
         zero_point = self.zero_point
         if isinstance(zero_point, nn.Parameter):
@@ -188,7 +188,7 @@ class Quantizer(nn.Module):
         if isinstance(scale, nn.Parameter):
             scale.data.abs_().clamp_(min=MIN_SCALE)
         if self.spec.scale == "pow2":
-            scale = scale + (power_of_two(scale) - scale).detach()
+            scale = scale + (power_of_two(scale.detach(), "nearest") - scale).detach()
         return scale
 
     def _negative(self) -> Tensor | None:

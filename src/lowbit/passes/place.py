@@ -126,12 +126,14 @@ def _path_behind(node: fx.Node) -> str:
 
 
 def _activation_quantizer(rule: Rule, source: fx.Node | None = None) -> Quantizer:
-    """As the rule says; but of what is never negative, whose sign would always be 1, one bit is 0 or 1."""
+    """As the rule says; but of what is never negative one bit is 0 or 1, and fixed point has no sign."""
     spec = rule.activation
     assert spec is not None
-    if spec.is_binary and source is not None and never_negative(source):
-        spec = SPECS["bit"]
-        source.graph.owning_module.meta.setdefault("bits_for_signs", []).append(str(source.meta["name"]))
+    plain = not spec.is_binary and spec.scale == "pow2" and spec.symmetric and not spec.mid_rise
+    if (spec.is_binary or plain) and source is not None and never_negative(source):
+        spec = replace(spec, signed=False, narrow=False) if plain else SPECS["bit"]
+        if not plain:
+            source.graph.owning_module.meta.setdefault("bits_for_signs", []).append(str(source.meta["name"]))
     return Quantizer(spec, rule.observer, rule.estimator)
 
 

@@ -44,6 +44,8 @@ def _settle(layer: QLayer, source: Quantizer, *, once: bool, signs: bool) -> Non
     quantizer, bias = layer.weight_quantizer, layer.bias.detach()
     # steps of the accumulator, as fine as the kernel's codes allow
     spare = kernel_bits(quantizer.spec, source.spec) - quantizer.spec.code_bits
+    if quantizer.spec.scale == source.spec.scale == "pow2":
+        spare = 0  # each bit of an accumulator is paid for in hardware
     step = source.scale.reshape(()) / (1 << spare)
     need = bias.abs() / (step * 2.0**30)
     if quantizer.spec.scale == "pow2":

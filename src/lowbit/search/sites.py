@@ -67,7 +67,7 @@ class Place:
 
 def narrowed(spec: QuantSpec, bits: int, kind: str) -> QuantSpec:
     """A spec at another width: as presets have it, weights of 1 to 3 bits have odd codes."""
-    plain = spec.signed and spec.symmetric and not spec.narrow and spec.rounding == "half_even"
+    plain = spec.signed and spec.symmetric and not spec.narrow and spec.is_standard and spec.scale == "float"
     odd = kind == "weight" and bits <= 3 and plain
     # in one step, for one bit has no other codes
     return replace(spec, bits=bits, mid_rise=odd, split=spec.split and bits == spec.bits)

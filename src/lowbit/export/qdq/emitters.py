@@ -65,9 +65,10 @@ class EmitQuantizer(nn.Module):
     def __init__(self, quantizer: Quantizer, name: str) -> None:
         super().__init__()
         spec = quantizer.spec
-        if spec.rounding != "half_even":
+        if not spec.is_standard:
             raise LowbitError(
-                f"'{name}': ONNX rounds half to even; rounding='{spec.rounding}' cannot be exported"
+                f"'{name}': ONNX rounds half to even and saturates; rounding='{spec.rounding}' with "
+                f"overflow='{spec.overflow}' cannot be exported"
             )
         self.name, self.spec, self.dtype = name, spec, storage(spec)
         self.axis = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None

@@ -1,0 +1,337 @@
+"""From the graph of a frozen model to a program of fixed-point steps; what hardware lacks is refused here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowbit.core.fixed import FixedPoint, align, cast, exponent_of, from_real, to_real
+from lowbit.core.spec import expand_to
+from lowbit.errors import LowbitError, expect
+from lowbit.graph.match import is_global_pool
+from lowbit.graph.ops import clamp_bounds, kind_of, label, module_of
+from lowbit.hardware.arithmetic import OPERATIONS, Bounds, weighted_bounds
+from lowbit.hardware.program import Constant, Program, Step
+from lowbit.model import QuantizedModel
+from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QLayer, QLinear
+from lowbit.nn.quantizer import Quantizer
+from lowbit.reference import average_window
+
+__all__ = ["lower"]
+
+_SAME = {"identity", "dropout", "dropout1d", "dropout2d", "contiguous", "detach", "clone", "float"}
+_RESHAPES = {"flatten", "unflatten", "reshape", "view", "squeeze", "unsqueeze"}
+_TRANSPOSES = {"permute", "transpose", "swapaxes", "movedim", "t"}
+_MAX_POOLS = {"maxpool1d", "maxpool2d", "max_pool1d", "max_pool2d"}
+_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+
+
+def lower(q: QuantizedModel) -> Program:
+    """The program of a frozen model whose scales are powers of two.
+
+    Raises:
+        LowbitError: what has no fixed-point form: a layer in float, a scale that is no power of two, an input
+            that nothing rounds, an operation that hardware lacks; with its name and the cure.
+    """
+    expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, 'fixed8', ...)")
+    if not q.frozen:
+        raise LowbitError("hardware holds codes, and this model has float weights; call lowbit.freeze(q)")
+    return _Lowering(q.graph).program()
+
+
+class _Lowering:
+    """Steps so far, and which of them each node became."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.steps: list[Step] = []
+        self.at: dict[fx.Node, int] = {}
+        self.kinds: dict[str, Callable[[fx.Node], int]] = {
+            "quantizer": self._quantizer,
+            "layer": self._layer,
+            "clamp": self._clamp,
+            "add": self._add,
+            "cat": self._concat,
+            "average": self._average,
+            "pass": self._move,
+        }
+
+    def program(self) -> Program:
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                self.at[node] = self._append(Step(_name(node), "input", (), _shape(node), _BIT))
+            elif node.op != "output":
+                self.at[node] = self.kinds.get(kind_of(node), self._refuse)(node)
+            else:
+                results = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
+                self._check_inputs()
+                return Program(tuple(self.steps), tuple(self.at[n] for n in results))
+        raise AssertionError("a graph has an output")
+
+    def _check_inputs(self) -> None:
+        for step in self.steps:
+            if step.op == "input" and not step.rounds:
+                raise LowbitError(
+                    f"input '{step.name}' is not quantized, and hardware has no floats; use a recipe such as "
+                    "'fixed8', which rounds what every layer reads"
+                )
+
+    # --- steps
+
+    def _append(self, step: Step) -> int:
+        self.steps.append(step)
+        return len(self.steps) - 1
+
+    def _computed(self, node: fx.Node, op: str, inputs: Sequence[int], **settings: Any) -> int:
+        """A step without weights, with the exact type of its result."""
+        step = Step(_name(node), op, tuple(inputs), _shape(node), _BIT, settings=settings)
+        bounds = OPERATIONS[op].bounds
+        assert bounds is not None
+        return self._append(_exact(step, bounds(step, [self._bounds(i) for i in inputs])))
+
+    def _bounds(self, i: int) -> Bounds:
+        """Lowest and highest code of a step once it is cast, and its bits behind the point."""
+        step = self.steps[i]
+        if not step.rounds:
+            return step.low, step.high, step.fraction
+        if step.op == "input" or step.type.overflow == "wrap":
+            return step.type.qmin, step.type.qmax, step.type.fraction
+        ends = cast(torch.tensor([step.low, step.high]), step.fraction, step.type)
+        return int(ends[0]), int(ends[1]), step.type.fraction
+
+    def _is_rounded(self, i: int) -> bool:
+        """Whether a step hands on what a quantizer has rounded, perhaps moved."""
+        while not self.steps[i].rounds and self.steps[i].op in ("max_pool", "reshape", "transpose"):
+            i = self.steps[i].inputs[0]
+        return self.steps[i].rounds
+
+    def _read(self, node: fx.Node, argument: Any) -> int:
+        if not isinstance(argument, fx.Node) or argument not in self.at:
+            self._refuse(node)
+        return self.at[argument]
+
+    # --- what each kind of node becomes
+
+    def _quantizer(self, node: fx.Node) -> int:
+        quantizer, source = module_of(node), node.args[0]
+        assert isinstance(quantizer, Quantizer)
+        at = self._read(node, source)
+        if quantizer.mode != "quantize":
+            return at
+        to = self._type(quantizer, f"the values behind '{self.steps[at].name}'")
+        shared = len(source.users) > 1
+        if self.steps[at].rounds or shared:
+            at = self._computed(node, "cast", [at])
+        self.steps[at] = self.steps[at].rounded_to(to)
+        return at
+
+    def _type(self, quantizer: Quantizer, what: str) -> FixedPoint:
+        try:
+            return FixedPoint.of(quantizer.spec, quantizer.scale)
+        except LowbitError as error:
+            raise LowbitError(f"{what}: {error}") from None
+
+    def _layer(self, node: fx.Node) -> int:
+        layer, name = module_of(node), _name(node)
+        if not isinstance(layer, (QLinear, QConv1d, QConv2d)) or isinstance(layer, QConvTranspose2d):
+            kind = label(node)
+            known = isinstance(layer, QLayer) or kind in ("ConvTranspose2d", "Embedding")
+            raise LowbitError(
+                f"'{name}': hardware has no {kind}; use Linear, Conv1d or Conv2d"
+                if known
+                else f"'{name}' has weights in float; let a rule of the recipe quantize it"
+            )
+        at = self._read(node, node.args[0])
+        if not self._is_rounded(at):
+            raise LowbitError(f"'{name}' reads values that nothing rounds; let its rule quantize activations")
+        weight = _weight(layer, name)
+        low, high, fraction = self._bounds(at)
+        fine = fraction + weight.type.fraction
+        bias = None if layer.bias is None else _bias(layer.bias.detach(), fine, name)
+        if bias is not None:
+            fine = max(fine, bias.type.fraction)
+        shifted = None if bias is None else align(bias.codes, fine - bias.type.fraction)
+        spread = fine - fraction - weight.type.fraction
+        low, high = weighted_bounds(align(weight.codes, spread), shifted, low, high)
+        op, settings = ("dense", {}) if isinstance(layer, QLinear) else ("conv", _conv_settings(layer, name))
+        step = Step(name, op, (at,), _shape(node), _BIT, weight=weight, bias=bias, settings=settings)
+        return self._append(_exact(step, (low, high, fine)))
+
+    def _clamp(self, node: fx.Node) -> int:
+        at, (low, high) = self._read(node, node.args[0]), clamp_bounds(node)
+        if (low, high) == (0.0, math.inf):
+            return self._computed(node, "relu", [at])
+        ends = [end for end in (low, high) if math.isfinite(end)]
+        fraction = max([self._bounds(at)[2], *(_bits_behind(end) for end in ends)])
+        if fraction > 30:
+            raise LowbitError(
+                f"'{_name(node)}' clamps to {low:g} and {high:g}, which are no short fixed-point numbers"
+            )
+        least, most = (math.ldexp(end, fraction) for end in (low, high))
+        codes = (-(1 << 62) if low == -math.inf else int(least), 1 << 62 if high == math.inf else int(most))
+        return self._computed(node, "clamp", [at], codes=codes, fraction=fraction, ends=(low, high))
+
+    def _add(self, node: fx.Node) -> int:
+        a, b = (self._read(node, n) for n in node.args[:2])
+        shapes = {self.steps[i].shape for i in (a, b)}
+        if len(shapes) > 1:
+            raise LowbitError(f"'{_name(node)}' adds tensors of different shapes; hardware adds like to like")
+        return self._computed(node, "add", [a, b])
+
+    def _concat(self, node: fx.Node) -> int:
+        parts = [self._read(node, n) for n in node.args[0]]
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+        axis = axis % node.meta["value"].ndim
+        if axis == 0:
+            self._refuse(node)
+        return self._computed(node, "concat", parts, axis=axis)
+
+    def _average(self, node: fx.Node) -> int:
+        at = self._read(node, node.args[0])
+        size = self.steps[at].shape[1:]
+        window = (size, size, (0,) * len(size), True) if is_global_pool(node) else average_window(node)
+        if window is None:
+            self._refuse(node)
+        kernel, stride, padding, padded = window
+        count = math.prod(kernel)
+        if count & (count - 1) or (any(padding) and not padded):
+            raise LowbitError(
+                f"'{_name(node)}' divides by {count}, and hardware divides by shifting; average over a "
+                "window of 2, 4, 8, ... values, without padding"
+            )
+        return self._computed(node, "average_pool", [at], kernel=kernel, stride=stride, padding=padding)
+
+    def _move(self, node: fx.Node) -> int:
+        at, kind = self._read(node, node.args[0]), label(node).lower()
+        shape, source = node.meta["value"].shape, node.args[0].meta["value"].shape
+        if kind in _SAME or (shape == source and kind in _RESHAPES):
+            return at
+        if shape[0] != source[0]:
+            self._refuse(node)
+        if kind in _RESHAPES:
+            return self._computed(node, "reshape", [at])
+        if kind in _TRANSPOSES:
+            return self._computed(node, "transpose", [at], axes=self._axes(node))
+        if kind in _MAX_POOLS:
+            return self._computed(node, "max_pool", [at], **self._max_pool(node))
+        return self._refuse(node)
+
+    def _axes(self, node: fx.Node) -> tuple[int, ...]:
+        """The permutation, found by moving a tensor whose sizes are all different."""
+        source = node.args[0]
+        numbered = torch.empty([*range(2, 2 + source.meta["value"].ndim)], device="meta")
+        args = fx.node.map_arg(node.args, lambda n: numbered if n is source else n.meta["value"])
+        moved = (
+            getattr(numbered, str(node.target))(*args[1:], **node.kwargs)
+            if node.op == "call_method"
+            else None
+        )
+        moved = node.target(*args, **node.kwargs) if moved is None else moved
+        axes = tuple(n - 2 for n in moved.shape)
+        return axes if axes[0] == 0 else self._refuse(node)
+
+    def _max_pool(self, node: fx.Node) -> dict[str, Any]:
+        if node.op == "call_module":
+            given = {name: getattr(module_of(node), name) for name in _POOL}
+        else:
+            given = dict(zip(_POOL, node.args[1:], strict=False)) | dict(node.kwargs)
+        dims = node.meta["value"].ndim - 2
+        kernel = _each(given["kernel_size"], dims)
+        stride = _each(given.get("stride") or kernel, dims)
+        unusual = {name: given.get(name) for name in _POOL[2:]}
+        plain = (None, 0, 1, False, (0,) * dims, (1,) * dims)
+        if (
+            any(value not in plain for value in unusual.values())
+            or unusual["padding"] == 1
+            or unusual["dilation"] == 0
+        ):
+            raise LowbitError(
+                f"'{_name(node)}': max pooling in hardware has no padding, dilation or rounding up; drop them"
+            )
+        return {"kernel": kernel, "stride": stride}
+
+    def _refuse(self, node: fx.Node) -> NoReturn:
+        raise LowbitError(
+            f"'{_name(node)}' ({label(node)}) has no fixed-point form; hardware takes Linear, Conv1d, "
+            "Conv2d, ReLU, max and average pooling, addition, concatenation and reshaping: leave it out of "
+            "the part of the network that is exported, such as a softmax at the end"
+        )
+
+
+_BIT = FixedPoint(1, 1, signed=False)
+
+
+def _exact(step: Step, bounds: Bounds) -> Step:
+    """The step with bounds, and the type that holds them."""
+    low, high, fraction = bounds
+    try:
+        held = FixedPoint.holding(low, high, fraction)
+    except LowbitError as error:
+        raise LowbitError(f"'{step.name}': {error}") from None
+    return Step(**{**vars(step), "type": held, "low": low, "high": high, "fraction": fraction})
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.meta.get("name", node.name))
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Of one sample."""
+    return tuple(node.meta["value"].shape[1:])
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value)
+
+
+def _bits_behind(value: float) -> int:
+    """How many bits behind the point a number has."""
+    return value.as_integer_ratio()[1].bit_length() - 1
+
+
+def _weight(layer: nn.Module, name: str) -> Constant:
+    """Codes of a weight; where channels have powers of two of their own, on the finest of their steps."""
+    q = layer.qweight()
+    codes = q.codes.long()
+    try:
+        if q.scale.numel() == 1:
+            return Constant(codes, FixedPoint.of(q.spec, q.scale))
+        exponents = torch.tensor([exponent_of(s) for s in q.scale.flatten()]).reshape(q.scale.shape)
+        FixedPoint.of(q.spec, 1.0)
+    except LowbitError as error:
+        raise LowbitError(f"weight of '{name}': {error}") from None
+    finest = int(exponents.min())
+    codes = codes << expand_to(exponents - finest, codes.shape)
+    held = FixedPoint.holding(int(codes.min()), int(codes.max()), -finest)
+    return Constant(codes, FixedPoint(held.width, held.integer, True, q.spec.rounding, q.spec.overflow))
+
+
+def _bias(bias: Tensor, fraction: int, name: str) -> Constant:
+    """Codes of a bias, as fine as the sums or as few bits finer as it takes."""
+    wide = FixedPoint(63, 63 - fraction, overflow="saturate", rounding="half_even")
+    codes = from_real(bias, wide)
+    if not torch.equal(to_real(codes, fraction), bias.double()):
+        raise LowbitError(
+            f"bias of '{name}' is no multiple of 2^{-fraction}, the step of its sums; freeze the model "
+            "again, or give a layer that is called several times one input scale"
+        )
+    held = FixedPoint.holding(int(codes.min()), int(codes.max()), fraction)
+    return Constant(codes, FixedPoint(held.width, held.integer, held.signed, "half_even", "saturate"))
+
+
+def _conv_settings(layer: nn.Module, name: str) -> dict[str, Any]:
+    if layer.padding_mode != "zeros":
+        raise LowbitError(f"'{name}' pads with {layer.padding_mode}; hardware pads with zeros")
+    kernel, dilation = tuple(layer.kernel_size), tuple(layer.dilation)
+    padding: Any = layer.padding
+    if isinstance(padding, str):
+        both = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        if padding == "same" and any(n % 2 for n in both):
+            raise LowbitError(f"'{name}' pads more at the end than at the start; use an odd kernel")
+        padding = tuple(n // 2 if padding == "same" else 0 for n in both)
+    rest = {"stride": tuple(layer.stride), "dilation": dilation, "groups": int(layer.groups)}
+    return {"kernel": kernel, "padding": tuple(padding), **rest}
