@@ -200,7 +200,7 @@ def test_a_tensor_may_be_rounded_twice_before_the_backward_pass() -> None:
 
 def test_a_power_of_two_stays_one_while_it_is_learned() -> None:
     quantizer, x = ready(TRAINED["pow2"]), data()
-    for latent, used in ((0.3, 0.5), (0.5, 0.5), (0.51, 1.0)):
+    for latent, used in ((0.3, 0.25), (0.4, 0.5), (0.5, 0.5), (0.51, 0.5), (0.8, 1.0)):
         quantizer.scale.data.fill_(latent)
         quantizer.scale.grad = None
         y = quantizer(x)

@@ -1,0 +1,35 @@
+"""What a program costs before any tool has seen it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.hardware.program import Program
+
+__all__ = ["ebops", "significant_bits"]
+
+
+def significant_bits(codes: Tensor) -> Tensor:
+    """int64 bits of |code| from its highest to its lowest set bit: 3 of 20 = 0b10100, 0 of 0."""
+    size = codes.abs()
+    # frexp of a whole number is how many bits it has
+    high, low = (torch.frexp(n.double())[1].long() for n in (size, size & -size))
+    return torch.where(size > 0, high - low + 1, 0)
+
+
+def ebops(program: Program) -> dict[str, int]:
+    """Effective bit operations of each step with weights, for one sample.
+
+    The sum over all multiplications of the bits of one operand times those of the other, where a weight has its
+    `significant_bits`, for hardware multiplies by zeros at its ends for free, and what is read the width of its
+    type (Sun et al. 2024, "HGQ: High Granularity Quantization for Real-time Neural Networks on FPGAs"). Every
+    position of a convolution counts, also those where it reads padding. A layer that is called twice has the sum.
+    """
+    found: dict[str, int] = {}
+    for step in program.steps:
+        if step.weight is not None:
+            width = program.steps[step.inputs[0]].type.width
+            bits = int(significant_bits(step.weight.codes).sum())
+            found[step.name] = found.get(step.name, 0) + bits * width * step.positions
+    return found
