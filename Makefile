@@ -28,7 +28,7 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml $(NATIVE)
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml $(NATIVE)
-	$(INSTALL) -e '.[onnx,openvino,plot,tensor,train,dev]'
+	$(INSTALL) -e '.[fpga,onnx,openvino,plot,tensor,train,dev]'
 	touch $@ $(VENV)/demo.stamp
 
 clean:

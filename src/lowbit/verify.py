@@ -16,6 +16,7 @@ from lowbit.errors import LowbitError, expect
 from lowbit.graph.ops import kind_of, module_of
 from lowbit.graph.run import bind_inputs, flat_tensors
 from lowbit.graph.trace import Inputs
+from lowbit.hardware.parity import HardwareParity, verify_project
 from lowbit.model import QuantizedModel
 from lowbit.nn.quantizer import Quantizer, grid_of
 from lowbit.passes.calibrate import batches
@@ -165,21 +166,32 @@ class _File:
     as_deployed: Any
 
 
-def verify(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | None = None) -> Parity:
-    """Run an exported ONNX file in ONNX Runtime and compare it with the model, code by code.
+def verify(
+    q: QuantizedModel, path: str | Path, data: Any, num_batches: int | None = None
+) -> Parity | HardwareParity:
+    """Run what was exported and compare it with the model, code by code.
 
-    The codes of every quantized tensor are read from the running file. They must equal the integer reference,
-    which follows the arithmetic of the kernels; the float simulation, `q(x)`, is shown beside it: it may
-    differ by the rounding of a code here and there.
+    An hls4ml project is compiled with g++; every code of its results must equal the integer reference. An
+    ONNX file runs in ONNX Runtime.
+
+    The codes of every quantized tensor are read from the running ONNX file. They must equal the integer
+    reference, which follows the arithmetic of the kernels; the float simulation, `q(x)`, is shown beside it:
+    it may differ by the rounding of a code here and there.
 
     Args:
         q: the frozen model that the file was exported from.
         data: as for `quantize`; labels are not needed.
 
     Raises:
-        LowbitError: the file does not exist, is no ONNX file, or was not exported from this model.
+        LowbitError: the file does not exist, is none that lowbit writes, or was not exported from this model.
     """
     expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, ...)")
+    if Path(path).is_dir():
+        return verify_project(q, Path(path), list(batches(data, num_batches)))
+    return _verify_onnx(q, path, data, num_batches)
+
+
+def _verify_onnx(q: QuantizedModel, path: str | Path, data: Any, num_batches: int | None) -> Parity:
     file, tallies = _open(Path(path), q), _Tallies()
     for inputs in track(batches(data, num_batches), "verifying"):
         _compare(q, file, inputs, tallies)

@@ -164,7 +164,7 @@ class FixedPoint:
             LowbitError: no type of 63 bits does.
         """
         signed = low < 0
-        width = max(1, max(high.bit_length(), (-low - 1).bit_length() if signed else 0) + int(signed))
+        width = max(1, max(max(high, 0).bit_length(), (-low - 1).bit_length() if signed else 0) + int(signed))
         if width > MAX_WIDTH:
             raise LowbitError(f"sums from {low} to {high} take {width} bits; use fewer bits, or fewer inputs")
         return cls(width, width - fraction, signed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from lowbit.errors import expect
 from lowbit.graph.trace import Inputs
 from lowbit.model import QuantizedModel
 
-__all__ = ["float_onnx", "onnx"]
+__all__ = ["float_onnx", "hls4ml", "onnx"]
 
 
 def onnx(q: QuantizedModel, path: str | Path) -> Path:
@@ -42,3 +42,36 @@ def float_onnx(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
 
     expect(model, nn.Module, "model", "pass the network itself")
     return write_float(model, path, Inputs.of(example_inputs))
+
+
+def hls4ml(
+    q: QuantizedModel,
+    folder: str | Path,
+    *,
+    backend: Literal["Vivado", "Vitis"] = "Vitis",
+    io: Literal["io_parallel", "io_stream"] = "io_parallel",
+    reuse: int = 1,
+    strategy: Literal["Latency", "Resource"] = "Latency",
+    part: str | None = None,
+    clock_ns: float = 5.0,
+) -> Path:
+    """Write an hls4ml project whose C++ gives the codes of the integer reference, all of them.
+
+    The model must have been quantized with powers of two, such as by the recipe `fixed8`. Needs the extra
+    `lowbit[fpga]`; `lowbit.verify(q, folder, data)` compiles the project with g++ and compares it.
+
+    Args:
+        folder: where the project goes; not there yet, or empty.
+        reuse: how often one multiplier is used for a sample.
+        part: of the FPGA; by default that of the backend.
+        clock_ns: the period of the clock.
+
+    Raises:
+        LowbitError: the model is not frozen, a scale is no power of two, hls4ml has no such operation, the
+            folder has something in it.
+    """
+    from lowbit.export.fpga.hls import write_project
+    from lowbit.hardware import lower
+
+    options = {"reuse": reuse, "strategy": strategy, "part": part, "clock_ns": clock_ns}
+    return write_project(lower(q), Path(folder), backend=backend, io=io, **options)

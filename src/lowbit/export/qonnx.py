@@ -9,6 +9,7 @@ hls4ml gives an average the type of what is averaged, and a ReLU that no Quant f
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -50,17 +51,21 @@ def export_qonnx(q: QuantizedModel | Program, path: str | Path) -> Path:
     import onnx
 
     if not isinstance(q, Program):
-        expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, 'fixed8', ...), or pass a Program")
+        expect(
+            q, QuantizedModel, "q", "make it with lowbit.quantize(model, 'fixed8', ...), or pass a Program"
+        )
         q = lower(q)
     for step in q.steps:
         _check(step, [q.steps[i] for i in step.inputs])
-    proto = _Writer(q).proto()
+    proto = _Writer().proto(q)
     with atomic_path(path) as temporary:
         onnx.save(proto, str(temporary))
     return Path(path)
 
 
-def run_qonnx(path: str | Path, inputs: Sequence[Tensor | np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+def run_qonnx(
+    path: str | Path, inputs: Sequence[Tensor | np.ndarray[Any, Any]]
+) -> list[np.ndarray[Any, Any]]:
     """Run a QONNX file node by node in the package `qonnx`, its reference implementation.
 
     Args:
@@ -183,7 +188,9 @@ def _largest(step: Step, read: Sequence[Step]) -> int:
         bias = torch.zeros(len(weight), dtype=torch.long)
         if step.bias is not None:
             bias = align(step.bias.codes, step.fraction - step.bias.type.fraction).abs()
-        largest = max(weighted_bounds(weight, bias, low, high)[1], -weighted_bounds(weight, -bias, low, high)[0])
+        largest = max(
+            weighted_bounds(weight, bias, low, high)[1], -weighted_bounds(weight, -bias, low, high)[0]
+        )
     if step.rounds:
         if _adds_half(step):
             largest += 1 << step.fraction - step.type.fraction - 1
@@ -206,118 +213,129 @@ def _reach(step: Step) -> tuple[int, int]:
 class _Writer:
     """Nodes, constants and shapes of a file that grows step by step."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self) -> None:
         self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-        self.values: dict[str, Any] = {}
-        self.taken: set[str] = set()
+        self.constants: dict[str, np.ndarray[Any, Any]] = {}
+        # of all that is no constant
+        self.shapes: dict[str, tuple[int | str, ...]] = {}
 
-    def proto(self) -> Any:
-        from onnx import helper
-
-        steps, given, results = self.program.steps, [], []
-        readers = [i for step in steps for i in step.inputs] + [*self.program.outputs]
+    def proto(self, program: Program) -> Any:
+        steps = program.steps
+        readers = [i for step in steps for i in step.inputs] + [*program.outputs]
         # the tensor that each step became
         at: list[str] = []
+        inputs: list[str] = []
+        outputs: list[str] = []
         for n, step in enumerate(steps):
-            name = self.name(step.name, step.op)
+            name = f"{step.op}_{step.name}" if step.name[0].isdigit() else step.name
             if step.op == "input":
-                given.append(_value(name, step.shape))
-                result = name
+                result = self.name(name)
+                self.shapes[result] = (BATCH, *step.shape)
+                inputs.append(result)
             else:
                 result = _EMITTERS[step.op](self, step, name, [at[i] for i in step.inputs])
             at.append(self._typed(step, name, result, readers.count(n)))
-        for i in self.program.outputs:
-            # twice the same result takes two names
-            same = at[i] if at[i] in self.values else self.node("Identity", [at[i]], at[i], steps[i].shape)
-            results.append(self.values.pop(same))
-        values = [*self.values.values()]
+        for i in program.outputs:
+            # the same result twice takes two names
+            again = at[i] in outputs
+            outputs.append(self.node("Identity", [at[i]], at[i], steps[i].shape) if again else at[i])
+        return self._model(inputs, outputs)
+
+    def _model(self, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
+        from onnx import helper, numpy_helper
+
+        shapes: dict[str, Sequence[int | str]] = {**self.shapes}
+        # hls4ml asks for those of constants too
+        shapes |= {name: array.shape for name, array in self.constants.items()}
+        values = {
+            name: helper.make_tensor_value_info(
+                name,
+                helper.np_dtype_to_tensor_dtype(self.constants.get(name, np.empty(0, np.float32)).dtype),
+                shape,
+            )
+            for name, shape in shapes.items()
+        }
+        given, results = ([values.pop(name) for name in names] for names in (inputs, outputs))
+        constants = [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
         graph = helper.make_graph(
-            self.nodes, "lowbit", given, results, self.constants, value_info=values
+            self.nodes, "lowbit", given, results, constants, value_info=[*values.values()]
         )
         domains = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
         return helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="lowbit")
 
-    def name(self, wanted: str, kind: str = "_") -> str:
+    def name(self, wanted: str) -> str:
         """A name that nothing else has, and that C++ takes."""
-        plain = re.sub(r"\W", "_", wanted)
-        name = plain = f"{kind}_{plain}" if plain[0].isdigit() else plain
+        name = plain = re.sub(r"\W", "_", wanted)
         n = 1
-        while name in self.taken:
+        while name in self.shapes or name in self.constants:
             n += 1
             name = f"{plain}_{n}"
-        self.taken.add(name)
         return name
 
     def constant(self, name: str, value: Any) -> str:
-        from onnx import numpy_helper
-
         name = self.name(name)
-        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
+        self.constants[name] = np.asarray(value)
         return name
 
-    def node(
-        self, op: str, inputs: Sequence[str], name: str, shape: Sequence[int], batch: bool = True, **how: Any
-    ) -> str:
-        """Append a node; returns its one result.
+    def node(self, op: str, inputs: Sequence[str], name: str, shape: Sequence[int], **how: Any) -> str:
+        """Append a node whose one result, for a sample, has such a shape; returns the name of that."""
+        return self._append(op, inputs, name, (BATCH, *shape), **how)
 
-        Args:
-            shape: of one sample; without `batch`, of all.
-        """
+    def _append(
+        self, op: str, inputs: Sequence[str], name: str, shape: tuple[int | str, ...], **how: Any
+    ) -> str:
         from onnx import helper
 
         name = self.name(name)
         self.nodes.append(helper.make_node(op, inputs, [name], name=name, **how))
-        self.values[name] = _value(name, shape, batch)
+        self.shapes[name] = shape
         return name
 
-    def quant(self, x: str, to: FixedPoint, name: str, shape: Sequence[int], batch: bool = True) -> str:
-        """x as a value of the type; "half_up" takes the half that is to be added as added."""
+    def quant(self, x: str, to: FixedPoint, name: str) -> str:
+        """x as a value of the type; "half_up" is floor here, of what has its half already."""
         parts = {"scale": to.scale, "zero": 0.0, "bits": to.width}
         inputs = [x, *(self.constant(f"{name}_{part}", np.float32(value)) for part, value in parts.items())]
+        shape = self.shapes[x] if x in self.shapes else self.constants[x].shape
         how = {
             "signed": int(to.signed),
             "narrow": int(to.narrow),
             "rounding_mode": "ROUND" if to.rounding == "half_even" else "FLOOR",
         }
-        return self.node("Quant", inputs, f"{name}_quant", shape, batch, domain=DOMAIN, **how)
+        return self._append("Quant", inputs, f"{name}_quant", shape, domain=DOMAIN, **how)
 
     def typed(self, constant: Constant, name: str, values: Tensor) -> str:
         """A weight or a bias and its Quant."""
-        to = replace(constant.type, rounding="half_even")
+        to = constant.type
         if to.width == 1 and to.signed:
-            to = replace(to, width=2, integer=to.integer + 1)
-        return self.quant(self.constant(name, values.numpy()), to, name, values.shape, batch=False)
+            to = FixedPoint(2, to.integer + 1)
+        return self.quant(self.constant(name, values.numpy()), _held(to), name)
 
     def _typed(self, step: Step, name: str, x: str, readers: int) -> str:
         """What a step hands on: rounded, or with the type that it has where hls4ml would take another."""
-        if step.rounds:
-            if step.op == "input" and step.type.rounding == "half_up":
-                # floor(2 x) first: in float32 0.49999997 + 0.5 is 1
-                twice = replace(step.type, width=step.type.width + 1, narrow=False)
-                x = self.quant(x, twice, f"{name}_twice", step.shape)
-            if step.op == "input" and step.type.rounding == "half_up" or _adds_half(step):
-                half = self.constant(f"{name}_half", np.float32(step.type.scale / 2))
-                x = self.node("Add", [x, half], f"{name}_plus_half", step.shape)
-            return self.quant(x, step.type, name, step.shape)
-        # a ReLU has fixed<16,6> there, and a layer the type of the first Quant that reads it
-        if step.op == "relu" or (step.weight is not None and readers > 1):
-            return self.quant(x, replace(step.type, rounding="half_even"), name, step.shape)
-        return x
+        if not step.rounds:
+            # that is fixed<16,6> for a ReLU, and for a layer the type of the first Quant that reads it
+            taken = step.op == "relu" or (step.weight is not None and readers > 1)
+            return self.quant(x, _held(step.type), name) if taken else x
+        half_up = step.type.rounding == "half_up"
+        if half_up and step.op == "input":
+            # floor(2 x) first: in float32 0.49999997 + 0.5 is 1
+            x = self.quant(x, replace(step.type, width=step.type.width + 1, narrow=False), f"{name}_twice")
+        if half_up and (step.op == "input" or step.fraction > step.type.fraction):
+            half = self.constant(f"{name}_half", np.float32(step.type.scale / 2))
+            x = self.node("Add", [x, half], f"{name}_plus_half", step.shape)
+        return self.quant(x, step.type, name)
 
 
-def _value(name: str, shape: Sequence[int], batch: bool = True) -> Any:
-    from onnx import TensorProto, helper
-
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, *shape] if batch else [*shape])
+def _held(to: FixedPoint) -> FixedPoint:
+    """The type of values that are its own already, for which any rounding will do."""
+    return replace(to, rounding="half_even")
 
 
 # --- what each operation becomes
 
 
 def _dense(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
-    """MatMul and Add, for hls4ml reads no Gemm."""
+    """MatMul and Add: hls4ml reads no Gemm."""
     assert step.weight is not None
     weight = to.typed(step.weight, f"{name}_weight", step.weight.real().t().contiguous())
     sums = to.node("MatMul", [read[0], weight], name, step.shape)
@@ -333,14 +351,15 @@ def _conv(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
         for part, constant in (("weight", step.weight), ("bias", step.bias))
         if constant is not None
     ]
-    how = {"dilations": step.settings["dilation"], "group": step.settings["groups"], **_window(step)}
-    return to.node("Conv", [*read, *constants], name, step.shape, **how)
+    groups = step.settings["groups"]
+    return to.node("Conv", [*read, *constants], name, step.shape, group=groups, **_window(step))
 
 
 def _window(step: Step) -> dict[str, Any]:
-    kernel = step.settings["kernel"]
-    padding = step.settings.get("padding", (0,) * len(kernel))
-    return {"kernel_shape": kernel, "strides": step.settings["stride"], "pads": [*padding, *padding]}
+    kernel, found = step.settings["kernel"], step.settings.get
+    padding, dilation = found("padding", (0,) * len(kernel)), found("dilation", (1,) * len(kernel))
+    strides = step.settings["stride"]
+    return {"kernel_shape": kernel, "strides": strides, "pads": [*padding, *padding], "dilations": dilation}
 
 
 def _max_pool(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
@@ -348,7 +367,12 @@ def _max_pool(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
 
 
 def _average_pool(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
-    return to.node("AveragePool", read, name, step.shape, count_include_pad=1, **_window(step))
+    """A convolution of each channel with 2^-k: hls4ml takes no AveragePool from these files."""
+    kernel, channels = step.settings["kernel"], step.shape[0]
+    k = math.prod(kernel).bit_length() - 1
+    shares = Constant(torch.ones(channels, 1, *kernel, dtype=torch.long), FixedPoint(1, 1 - k, signed=False))
+    weight = to.typed(shares, f"{name}_weight", shares.real())
+    return to.node("Conv", [*read, weight], name, step.shape, group=channels, **_window(step))
 
 
 def _clamp(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
@@ -361,6 +385,14 @@ def _reshape(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
     return to.node("Reshape", [*read, shape], name, step.shape)
 
 
+def _concat(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
+    return to.node("Concat", read, name, step.shape, axis=step.settings["axis"])
+
+
+def _transpose(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
+    return to.node("Transpose", read, name, step.shape, perm=(0, *step.settings["axes"]))
+
+
 _EMITTERS: dict[str, Callable[[_Writer, Step, str, Sequence[str]], str]] = {
     "dense": _dense,
     "conv": _conv,
@@ -369,10 +401,8 @@ _EMITTERS: dict[str, Callable[[_Writer, Step, str, Sequence[str]], str]] = {
     "max_pool": _max_pool,
     "average_pool": _average_pool,
     "add": lambda to, step, name, read: to.node("Add", read, name, step.shape),
-    "concat": lambda to, step, name, read: to.node("Concat", read, name, step.shape, axis=step.settings["axis"]),
+    "concat": _concat,
     "reshape": _reshape,
-    "transpose": lambda to, step, name, read: to.node(
-        "Transpose", read, name, step.shape, perm=(0, *step.settings["axes"])
-    ),
+    "transpose": _transpose,
     "cast": lambda to, step, name, read: read[0],
 }

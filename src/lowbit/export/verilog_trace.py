@@ -146,7 +146,9 @@ class _Tracer:
     def _product(self, vector: Symbols, weight: NDArray[np.int64]) -> Symbols:
         """[out] = weight [out, in] times vector [in]; what is constant costs nothing."""
         constant = np.array([s.low == s.high for s in vector])
-        known = np.array([int(s.low) if c else 0 for s, c in zip(vector, constant, strict=True)], dtype=object)
+        known = np.array(
+            [int(s.low) if c else 0 for s, c in zip(vector, constant, strict=True)], dtype=object
+        )
         result = np.array([_constant(int(n)) for n in weight.astype(object) @ known], dtype=object)
         columns, rows = ~constant & weight.any(0), (weight * ~constant).any(1)
         if not rows.any():
@@ -242,12 +244,15 @@ def _tree(symbols: list[Symbol], join: Callable[[Symbol, Symbol], Symbol]) -> Sy
 def _cast(symbol: Symbol, shift: int, to: FixedPoint, rectify: bool) -> Symbol:
     """`lowbit.core.fixed.cast` of a number with so many more bits behind the point than the type has."""
     if symbol.low == symbol.high:
-        code = torch.tensor([max(int(symbol.low), 0) if rectify else int(symbol.low)])
-        return _constant(int(cast(code, shift + to.fraction, to)))
+        return _cast_constant(max(symbol.low, 0) if rectify else symbol.low, shift + to.fraction, to)
     symbol = symbol * 2**-shift if shift <= 0 else _shifted_right(symbol, shift, to.rounding)
     if rectify:
         symbol = symbol.relu()
-    return _wrapped(symbol, to) if to.overflow == "wrap" else _clipped(symbol, to.qmin, to.qmax)
+    return _wrapped(symbol, to) if to.overflow == "wrap" else _saturated(symbol, to)
+
+
+def _cast_constant(value: Any, fraction: int, to: FixedPoint) -> Symbol:
+    return _constant(int(cast(torch.tensor([int(value)]), fraction, to)))
 
 
 def _shifted_right(symbol: Symbol, shift: int, rounding: str) -> Symbol:
@@ -270,6 +275,8 @@ def _floor(symbol: Symbol, shift: int) -> Symbol:
 
 
 def _wrapped(symbol: Symbol, to: FixedPoint) -> Symbol:
+    if symbol.low == symbol.high:
+        return _cast_constant(symbol.low, to.fraction, to)
     integer = to.width - to.signed
     if symbol.low < 0 and not to.signed and integer > symbol.kif[1]:
         # da4ml takes no more bits than there are, and the sign has to fill them
@@ -279,3 +286,23 @@ def _wrapped(symbol: Symbol, to: FixedPoint) -> Symbol:
 
 def _clipped(symbol: Symbol, low: int, high: int) -> Symbol:
     return symbol.max_of(low).min_of(high)
+
+
+def _saturated(symbol: Symbol, to: FixedPoint) -> Symbol:
+    """To the ends of a type where bits above its own say so, which takes no comparing adder."""
+    if not to.signed:
+        symbol = symbol.max_of(0)
+    if to.qmin <= symbol.low and symbol.high <= to.qmax:
+        return symbol
+    bits = to.width - to.signed
+    if to.narrow or symbol.step > 2**bits:
+        return _clipped(symbol, to.qmin, to.qmax)
+    signed, integer, _ = symbol.kif
+    above = symbol.quantize(signed, max(integer, bits), -bits)
+    body, limit = symbol.quantize(int(to.signed), bits, 0), to.qmax
+    if signed:
+        # bits above that are like the sign are no overflow
+        above, limit = above.msb_mux(~above, above), above.msb_mux(to.qmin, to.qmax)
+    # inverted, for da4ml would look through a single bit, and its emulator misreads unsigned keys of more bits
+    fits = ~above.unary_bit_op("any")
+    return fits.msb_mux(body, limit, qint=(to.qmin, to.qmax, 1))

@@ -221,7 +221,7 @@ class _Lowering:
         return self._refuse(node)
 
     def _axes(self, node: fx.Node) -> tuple[int, ...]:
-        """The permutation, found by moving a tensor whose sizes are all different."""
+        """Where the axes of a sample come from, 1 up: a tensor is moved whose sizes are all different."""
         source = node.args[0]
         numbered = torch.empty([*range(2, 2 + source.meta["value"].ndim)], device="meta")
         args = fx.node.map_arg(node.args, lambda n: numbered if n is source else n.meta["value"])
@@ -232,7 +232,7 @@ class _Lowering:
         )
         moved = node.target(*args, **node.kwargs) if moved is None else moved
         axes = tuple(n - 2 for n in moved.shape)
-        return axes if axes[0] == 0 else self._refuse(node)
+        return axes[1:] if axes[0] == 0 else self._refuse(node)
 
     def _max_pool(self, node: fx.Node) -> dict[str, Any]:
         if node.op == "call_module":

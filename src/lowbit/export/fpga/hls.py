@@ -14,18 +14,20 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lowbit.core.fixed import FixedPoint
 from lowbit.errors import LowbitError
+from lowbit.graph.build import Call, build
 from lowbit.hardware.program import Program, Step
 
-__all__ = ["IO", "NOTE", "configuration", "plain_network", "run_project", "write_project"]
+__all__ = ["IO", "NOTE", "configuration", "plain_network", "run_project", "shapes_of", "write_project"]
 
 IO = Literal["io_parallel", "io_stream"]
 BACKENDS = ("Vivado", "Vitis")
@@ -106,43 +108,40 @@ def plain_network(program: Program) -> tuple[nn.Module, dict[str, Step]]:
     """
     from hls4ml.utils.torch import CustomFXTracer
 
-    graph, root = fx.Graph(), nn.Module()
-    nodes: list[fx.Node] = []
-    owners: list[Step] = []  # of each node, in order
+    calls: list[Call] = []
+    owners: list[Step] = []  # of each call
+    at: list[int] = []  # the last call of each step
     for step in program.steps:
-        before = len(graph.nodes)
-        nodes.append(_node(graph, root, program, step, [nodes[i] for i in step.inputs]))
-        owners += [step] * (len(graph.nodes) - before)
-    results = [nodes[i] for i in program.outputs]
-    graph.output(results[0] if len(results) == 1 else tuple(results))
-    model = fx.GraphModule(root, graph).eval()
+        for call in _calls(program, step, [at[i] for i in step.inputs], len(calls)):
+            calls.append(replace(call, name=_identifier(call.name, {c.name for c in calls})))
+            owners.append(step)
+        at.append(len(calls) - 1)
+    model = build(calls, [at[i] for i in program.outputs])
     # hls4ml traces again, and calls layers as that trace does
     names = [node.name for node in CustomFXTracer().trace(model).nodes if node.op != "output"]
     return model, dict(zip(names, owners, strict=True))
 
 
-def _node(graph: fx.Graph, root: nn.Module, program: Program, step: Step, read: Sequence[fx.Node]) -> fx.Node:
-    """The step in a graph of plain layers; a concatenation of many is one of pairs."""
+def _calls(program: Program, step: Step, read: Sequence[int], count: int) -> Iterator[Call]:
+    """A step as plain calls, behind so many; a concatenation of many is one of pairs."""
     if step.op == "input":
-        return graph.placeholder(_identifier(step.name, root))
-    if step.op == "add":
-        return graph.call_function(torch.add, (read[0], read[1]))
-    if step.op == "concat":
+        yield Call(step.name, None)
+    elif step.op == "add":
+        yield Call("sum", torch.add, tuple(read))
+    elif step.op == "concat":
         found = read[0]
-        for other in read[1:]:
-            found = graph.call_function(torch.cat, ((found, other),), {"dim": step.settings["axis"]})
-        return found
-    module = _module(program, step)
-    name = _identifier(step.name, root)
-    root.add_module(name, module)
-    return graph.call_module(name, (read[0],))
+        for k, other in enumerate(read[1:]):
+            yield Call("joined", torch.cat, (found, other), {"dim": step.settings["axis"]}, listed=True)
+            found = count + k
+    else:
+        yield Call(step.name, _module(program, step), tuple(read))
 
 
-def _identifier(name: str, root: nn.Module) -> str:
+def _identifier(name: str, taken: Collection[str]) -> str:
     """A name of C++, unlike those of the functions that hls4ml goes by."""
     found = re.sub(r"\W", "_", name)
     found = f"layer_{found}" if found[0].isdigit() or found in ("add", "cat") else found
-    while hasattr(root, found):
+    while found in taken:
         found += "_"
     return found
 
@@ -226,7 +225,7 @@ def write_project(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         made = Path(temporary) / "project"
         _convert(model, config, shapes, made, backend=backend, io=io, part=part, clock_ns=clock_ns)
-        note = {"io": io, "backend": backend, "config": config}
+        note = {"io": io, "backend": backend, "shapes": shapes_of(program), "config": config}
         (made / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
         _set_home(made / "hls4ml_config.yml", folder)
         if folder.exists():
@@ -270,6 +269,12 @@ def _convert(
         # it would be written as Python objects
         del converted.config.config["PytorchModel"]
         converted.write()
+
+
+def shapes_of(program: Program) -> list[list[list[int]]]:
+    """Of one sample: what goes in, and what comes out."""
+    results = [program.steps[i] for i in program.outputs]
+    return [[[*step.shape] for step in steps] for steps in (program.inputs, results)]
 
 
 def run_project(folder: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
