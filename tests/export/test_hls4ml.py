@@ -61,7 +61,7 @@ def mixed() -> Recipe:
     specs = {bits: QuantSpec(bits=bits, scale="pow2") for bits in (3, 4, 5, 8)}
     return Recipe(
         rules=(
-            Rule(match="parts.1", weight=specs[4], activation=specs[8]),
+            Rule(match="last", weight=specs[4], activation=specs[8]),
             Rule(weight=specs[3], activation=specs[5]),
         )
     )
@@ -104,7 +104,7 @@ def without_rounded_weights(config: dict[str, Any]) -> None:
 
 def float_weights(constant: Constant) -> Tensor:
     """As they were before they were rounded."""
-    return to_real(constant.codes, constant.type.fraction).float() + 0.4 * constant.type.scale
+    return to_real(constant.codes, constant.type.fraction).float() - 0.4 * constant.type.scale
 
 
 def without_types_of_relu(config: dict[str, Any]) -> None:
