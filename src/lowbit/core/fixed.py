@@ -200,7 +200,7 @@ def exponent_of(scale: Tensor | float) -> int:
     Raises:
         LowbitError: it is no power of two, or there are several.
     """
-    values = torch.as_tensor(scale, dtype=torch.float64).flatten()
+    values = torch.as_tensor(scale, dtype=torch.float64).detach().flatten()
     if not len(values) or not bool((values == values[0]).all()):
         raise LowbitError(f"{len(values)} scales, and hardware has one type for a tensor; use PerTensor()")
     mantissa, exponent = math.frexp(float(values[0]))

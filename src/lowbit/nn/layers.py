@@ -96,11 +96,11 @@ class QLayer(nn.Module):
             return
         quantizer, weight = self.weight_quantizer, self.weight.detach()
         settled = weight if quantizer.reshape is None else quantizer.reshaped(weight)
-        if quantizer.threshold is not None:
+        if quantizer.settles_values:
             settled = quantizer.quantize(weight).dequantize()
         if settled is not weight:
             self.weight = nn.Parameter(settled)
-        quantizer.settle()
+        quantizer.settle(settled)
 
     def rescale(self, factor: Tensor) -> int:
         """weight -> weight * factor, by the scale alone: codes stay, or change sign with the factor.

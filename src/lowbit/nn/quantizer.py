@@ -152,11 +152,18 @@ class Quantizer(nn.Module):
         if self.learned:
             self.unit = self.scale.detach().mean()
 
-    def settle(self) -> None:
+    @property
+    def settles_values(self) -> bool:
+        """Whether a scale does not say how a weight is rounded: its layer then keeps rounded values."""
+        return self.threshold is not None
+
+    def settle(self, values: Tensor | None = None) -> None:
         """End training: scale and zero point become buffers, with the values that the forward pass uses.
 
-        The layer holds its weight as it was reshaped from now on, and where there was a threshold as it was
-        rounded.
+        The layer holds its weight as it was reshaped from now on, or as it was rounded.
+
+        Args:
+            values: the weight as its layer holds it from now on.
         """
         if not self.ready:
             return

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.nn.quantizer import Quantizer
+from lowbit.nn.widths import WidthQuantizer
 from lowbit.training.settings import Settings
 
 __all__ = ["make_optimizer", "parameter_groups"]
 
 MOMENTUM = 0.9
+# a width has bits to travel where a weight has parts of itself
+WIDTH_RATE = 10.0
 
 
 def parameter_groups(
@@ -24,10 +27,10 @@ def parameter_groups(
     """The trainable Parameters of a model as an optimizer takes them, each once.
 
     Groups, of which an empty one is left out: "weights", which decay; "biases and norms", everything with
-    fewer than two axes; "zero points"; and "scales of 2^k", the learned scales near that size, whose rate is
-    `scale_lr` times 2^k: a step must be small beside the scale that it moves, and scales differ by orders of
-    magnitude. Decay would pull scales and the gains of norms to zero, whatever the data say, so only weights
-    have it.
+    fewer than two axes; "zero points"; "widths", in bits, at ten times `lr`; and "scales of 2^k", the learned
+    scales near that size, whose rate is `scale_lr` times 2^k: a step must be small beside the scale that it
+    moves, and scales differ by orders of magnitude. Decay would pull scales and the gains of norms to zero,
+    whatever the data say, so only weights have it.
 
     Args:
         q: a calibrated model; before `lowbit.calibrate` there are no learned scales.
@@ -40,12 +43,14 @@ def parameter_groups(
     for m in quantizers:
         if isinstance(m.scale, nn.Parameter):
             scales.setdefault(_exponent(m.unit), []).append(m.scale)
-    taken = {id(p) for p in chain(zero_points, *scales.values())}
+    widths = [m.fraction for m in q.modules() if isinstance(m, WidthQuantizer) and m.fraction is not None]
+    taken = {id(p) for p in chain(zero_points, widths, *scales.values())}
     others = [p for p in q.parameters() if id(p) not in taken]
     kinds: tuple[tuple[str, list[nn.Parameter], float, float], ...] = (
         ("weights", [p for p in others if p.ndim > 1], lr, weight_decay),
         ("biases and norms", [p for p in others if p.ndim <= 1], lr, 0.0),
         ("zero points", zero_points, rate, 0.0),
+        ("widths", widths, WIDTH_RATE * lr, 0.0),
         *((f"scales of 2^{k}", scales[k], rate * 2.0**k, 0.0) for k in sorted(scales)),
     )
     groups = []

@@ -112,6 +112,11 @@ class Objective:
             terms.append(self.share * symmetric_kl(*pair, settings.temperature, settings.class_axis))
         return sum(terms[1:], terms[0])
 
+    def in_training(self, output: Any, labels: Any, taught: Any) -> Tensor:
+        """The same with the penalty, which evaluation leaves out."""
+        loss = self(output, labels, taught)
+        return loss if self.settings.penalty is None else loss + self.settings.penalty()
+
     def task(self, output: Any, labels: Any) -> Tensor:
         """The loss alone.
 

@@ -219,7 +219,7 @@ class Session:
             if self.teacher is not None and self.objective.needs_teacher:
                 with torch.no_grad():
                     taught = batch.inputs.call(self.teacher)
-            loss = self.objective(output, batch.labels, taught)
+            loss = self.objective.in_training(output, batch.labels, taught)
         self.pending.append((self._step() + 1, total, self.pace.lr, loss.detach() * part))
         if self.device.type == "cpu" or len(self.pending) >= LOOK_EVERY:
             self._look()
@@ -252,8 +252,10 @@ class Session:
         distributed.same_everywhere(self.q.buffers())
         score = self._score(self.q)
         found = {"loss": loss, "lr": self.pace.lr, "seconds": seconds, **_fields(score)}
-        step = (self.epoch + 1) * self.feed.steps
-        self._add(Epoch(epoch=self.epoch + 1, step=step, bits=self.bits, **found))
+        found |= {"step": (self.epoch + 1) * self.feed.steps, "bits": self.bits}
+        self._add(Epoch(epoch=self.epoch + 1, **found))
+        if self.settings.on_epoch is not None:
+            self.settings.on_epoch(self.record.epochs[-1])
         if self.settings.schedule == "plateau":
             self.pace.plateau.step(score.metric if score else -loss)
         self.epoch, self.done = self.epoch + 1, 0

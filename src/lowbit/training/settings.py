@@ -14,7 +14,7 @@ from lowbit.training.stages import OFF
 __all__ = ["Settings"]
 
 # what may differ when a run is taken up again: none of them changes the weights
-_FREE = {"out", "resume", "restore", "checkpoint_every", "log_every", "tensorboard"}
+_FREE = {"out", "on_epoch", "resume", "restore", "checkpoint_every", "log_every", "tensorboard"}
 _CHOICES = {
     "optimizer": ("sgd", "adam", "adamw"),
     "schedule": ("cosine", "constant", "plateau"),
@@ -52,6 +52,8 @@ class Settings:
     epochs: int = 1
     # "cross_entropy", a function (output, labels) -> mean over the batch, or None: the teacher alone
     loss: str | Callable[[Any, Any], Any] | None = "cross_entropy"
+    # a function () -> one number that is added to the loss in training, such as what the bits cost
+    penalty: Callable[[], Any] | None = None
     # weight of the distance to the teacher, where there is one; the loss has the rest
     distill: float = 1.0
     # the logits of both are divided by it before they are compared
@@ -105,6 +107,8 @@ class Settings:
     out: str | Path | None = None
     # "auto" goes on where a checkpoint in `out` stands; True demands one; False starts anew
     resume: bool | str = "auto"
+    # a function (Epoch) that is called after each epoch, when it is evaluated
+    on_epoch: Callable[[Any], None] | None = None
     # steps between checkpoints, beside that of each epoch
     checkpoint_every: int | None = None
     # steps between lines of metrics.jsonl, beside that of each epoch
@@ -137,6 +141,9 @@ class Settings:
             value = getattr(self, name)
             if value != word and not callable(value) and (name, value) != ("loss", None):
                 raise LowbitError(f"{name}={value!r} is unknown; use '{word}' or a function (output, labels)")
+        for name in ("penalty", "on_epoch"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise LowbitError(f"{name}={getattr(self, name)!r} is no function; pass one, or None")
         for name in ("bf16", "channels_last", "compile", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise LowbitError(f"{name}={getattr(self, name)!r} is neither True nor False")

@@ -1,0 +1,158 @@
+"""A quantizer whose width is trained: bits behind the point for a tensor, a channel or each element.
+
+y = round(x 2^f) 2^-f with f rounded to a whole number. With d = x - y, which shrinks as 2^-f does, dy/df =
+ln(2) d; x is passed straight through (Sun et al. 2024, "HGQ: High Granularity Quantization for Real-time
+Neural Networks on FPGAs"). What keeps no bit is zero, and so pruned.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.core.fixed import FixedPoint
+from lowbit.core.qtensor import QTensor
+from lowbit.errors import LowbitError
+from lowbit.nn.quantizer import Quantizer
+
+__all__ = ["Per", "WidthQuantizer"]
+
+Per = Literal["tensor", "channel", "element"]
+# what a spec can hold
+MOST = 16
+
+
+class WidthQuantizer(Quantizer):
+    """Attributes:
+    fraction: bits behind the point, trained; None once settled.
+    ends: of an activation, the interval of its type but for the last step; a weight has none, for its codes
+        take the bits that they need.
+    """
+
+    fraction: nn.Parameter | None
+    ends: Tensor | None
+
+    @classmethod
+    def of(cls, old: Quantizer, shape: tuple[int, ...]) -> WidthQuantizer:
+        """In place of a calibrated quantizer of a power of two.
+
+        Args:
+            shape: of the fraction; it broadcasts to the tensor.
+
+        Raises:
+            LowbitError: no fixed-point spec, or not calibrated.
+        """
+        if not old.ready or old.mode != "quantize":
+            raise LowbitError(
+                "a width is learned from a calibrated one; call lowbit.calibrate(q, data) first"
+            )
+        now = FixedPoint.of(old.spec, old.scale)
+        made = cls(old.spec, None if old.is_weight else "minmax", old.estimator, old.weight_observer)
+        made.observer, made.mode, made.scale = None, "quantize", old.scale.detach().clone()
+        made.fraction = nn.Parameter(torch.full(shape, float(now.fraction)))
+        low, high = (math.ldexp(end, now.integer - int(now.signed)) for end in (-float(now.signed), 1.0))
+        made.register_buffer("ends", None if old.is_weight else torch.tensor([low, high]))
+        made.progress = torch.zeros(())
+        return made.train(old.training)
+
+    @property
+    def scheduled(self) -> bool:
+        return True
+
+    @property
+    def settles_values(self) -> bool:
+        return self.fraction is not None
+
+    def learn(self) -> None:
+        """The fraction is all that trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fraction is None or self.mode != "quantize":
+            return super().forward(x)
+        x = x.float()
+        with torch.no_grad():
+            y, inside = self._rounded(x)
+        if not torch.is_grad_enabled():
+            return y
+        d = torch.where(inside, x - y, 0.0).detach()
+        straight = torch.where(inside, x, x.detach())
+        return y + (straight - straight.detach()) + math.log(2) * d * (self.fraction - self.fraction.detach())
+
+    def quantize(self, x: Tensor) -> QTensor:
+        """Codes on the finest of the grids."""
+        if self.fraction is None:
+            return super().quantize(x)
+        y, _ = self._rounded(x.detach().float())
+        to = self._type(y)
+        codes = torch.ldexp(y, torch.tensor(to.fraction)).to(replace(self.spec, bits=to.width).dtype)
+        return QTensor(codes, self._scale(x, to), None, replace(self.spec, bits=to.width))
+
+    def bits(self, x: Tensor | None = None) -> Tensor:
+        """Bits that are paid for, with a gradient for the fraction: of a weight those of each element.
+
+        A bit for the sign is not counted in weights, where signs of constants cost nothing; an activation has
+        the width of its type.
+        """
+        assert self.fraction is not None
+        whole = self.fraction + (self.fraction.round() - self.fraction).detach()
+        if x is None:
+            assert self.ends is not None
+            integer = math.log2(float(self.ends[1])) + int(self.spec.signed)
+            return (integer + whole).clamp(min=0)
+        highest = torch.frexp(x.detach())[1].float()
+        return torch.where(x.detach() == 0, 0.0, (highest + whole).clamp(min=0))
+
+    def settle(self, values: Tensor | None = None) -> None:
+        """The finest grid becomes the scale, and the width what the codes need."""
+        if self.fraction is not None:
+            to = self._type(values)
+            self.spec = replace(self.spec, bits=to.width)
+            self.scale = self._scale(self.scale if values is None else values, to)
+            self.fraction, self.ends, self.progress = None, None, None
+        super().settle()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        saved = state_dict.get(f"{prefix}fraction")
+        if saved is not None and self.fraction is not None:
+            self.fraction.data = saved.detach().clone().to(self.fraction)
+
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The values, and where they are not clipped."""
+        assert self.fraction is not None
+        step = torch.exp2(-self.fraction.detach().round())
+        y = torch.round(x / step) * step
+        if self.ends is None:
+            return y, torch.ones_like(x, dtype=torch.bool)
+        low, high = self.ends[0], self.ends[1] - step
+        return torch.minimum(y.clamp(min=low), high.clamp(min=0)), (x >= low) & (x <= high)
+
+    def _type(self, values: Tensor | None) -> FixedPoint:
+        """Of an activation from its fraction; of a weight the narrowest that holds its rounded values."""
+        assert self.fraction is not None
+        finest = int(self.fraction.detach().round().max())
+        if self.ends is not None:
+            integer = round(math.log2(float(self.ends[1]))) + int(self.spec.signed)
+            width = max(integer + finest, 1 + int(self.spec.signed))
+            return FixedPoint(width, integer, self.spec.signed)
+        assert values is not None
+        codes = torch.ldexp(values.double(), torch.tensor(finest)).long()
+        used = codes[codes != 0]
+        if not len(used):
+            return FixedPoint(2, 2 - finest)
+        idle = int(torch.log2((used & -used).double()).min())  # zeros at the end of all codes
+        held = FixedPoint.holding(int(codes.min()) >> idle, int(codes.max()) >> idle, finest - idle)
+        width = max(held.width + int(not held.signed), 2)
+        if width > MOST:
+            raise LowbitError(
+                f"a weight needs {width} bits, more than {MOST}: its width has grown; raise the strength of "
+                "the penalty, or lower lr"
+            )
+        return FixedPoint(width, width - held.fraction)
+
+    def _scale(self, like: Tensor, to: FixedPoint) -> Tensor:
+        return torch.full([1] * like.ndim, to.scale)
