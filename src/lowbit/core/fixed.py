@@ -19,6 +19,7 @@ from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
 
 __all__ = [
+    "MAX_WIDTH",
     "FixedPoint",
     "Overflow",
     "Rounding",
@@ -32,7 +33,7 @@ __all__ = [
 
 Rounding = Literal["half_even", "half_up", "floor"]
 Overflow = Literal["saturate", "wrap"]
-MAX_WIDTH = 63
+MAX_WIDTH = 62
 _ROUNDING: dict[str, Rounding] = {"RND_CONV": "half_even", "RND": "half_up", "TRN": "floor"}
 _OVERFLOW: dict[str, tuple[Overflow, bool]] = {
     "SAT": ("saturate", False),
@@ -161,7 +162,7 @@ class FixedPoint:
         """The narrowest type whose codes are those from `low` to `high`, so many bits behind the point.
 
         Raises:
-            LowbitError: no type of 63 bits does.
+            LowbitError: no type of 62 bits does.
         """
         signed = low < 0
         width = max(1, max(max(high, 0).bit_length(), (-low - 1).bit_length() if signed else 0) + int(signed))
@@ -184,7 +185,7 @@ def fixed(
         overflow: "saturate" is SAT, "saturate_symmetric" SAT_SYM, "wrap" WRAP.
 
     Raises:
-        LowbitError: a width that is not from 1 to 63, or an unknown mode.
+        LowbitError: a width that is not from 1 to 62, or an unknown mode.
     """
     narrow = overflow == "saturate_symmetric"
     return FixedPoint(width, integer, signed, rounding, "saturate" if narrow else overflow, narrow)  # type: ignore[arg-type]

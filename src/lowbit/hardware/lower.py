@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.core.fixed import FixedPoint, align, cast, exponent_of, from_real, to_real
+from lowbit.core.fixed import MAX_WIDTH, FixedPoint, align, cast, exponent_of, from_real, to_real
 from lowbit.core.spec import expand_to
 from lowbit.errors import LowbitError, expect
 from lowbit.graph.match import is_global_pool
@@ -312,7 +312,7 @@ def _weight(layer: nn.Module, name: str) -> Constant:
 
 def _bias(bias: Tensor, fraction: int, name: str) -> Constant:
     """Codes of a bias, as fine as the sums or as few bits finer as it takes."""
-    wide = FixedPoint(63, 63 - fraction, overflow="saturate", rounding="half_even")
+    wide = FixedPoint(MAX_WIDTH, MAX_WIDTH - fraction, rounding="half_even", overflow="saturate")
     codes = from_real(bias, wide)
     if not torch.equal(to_real(codes, fraction), bias.double()):
         raise LowbitError(
