@@ -1,0 +1,259 @@
+"""A network for a trigger: trained, its bits learned, exported for an FPGA, proven and counted.
+
+    python examples/trigger.py magic_gamma_train.csv --test magic_gamma_test.csv --signal g --out trigger
+    python examples/trigger.py --openml hls4ml_lhc_jets_hlf --out jets      # needs scikit-learn and a network
+
+The table is CSV with a header: numbers, and the class in the last column (MAGIC: ten numbers, g or h; the LHC
+jets: sixteen, five classes). Steps: train in float; train at 6 bits; learn bits; write an hls4ml project and
+compile it, write Verilog, simulate it and count its cells; and plot accuracy against what it costs. What
+needs a tool that is not there (g++, iverilog, yosys) is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.hardware import lower
+from lowbit.hardware.cost import ebops
+from lowbit.hardware.report import describe
+from lowbit.hardware.widths import Front, learn_widths
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples, each column with mean 0 and deviation 1 in training, and the numbers of their classes."""
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Training batches in a new order each time."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.x) / BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.randperm(len(self.x)).split(BATCH):
+            yield self.x[index], self.y[index]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a network on the test set."""
+
+    name: str
+    accuracy: float
+    # area under the ROC curve, signal against the rest
+    auc: float
+    # one background event in so many passes, where half of the signal does
+    rejection: float
+    ebops: int | None = None
+    yosys_lut: int | None = None
+    yosys_ff: int | None = None
+
+
+def read_table(path: Path) -> tuple[Tensor, list[str]]:
+    """Numbers and classes of a CSV file."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return torch.tensor([[float(v) for v in row[:-1]] for row in rows]), [row[-1] for row in rows]
+
+
+def fetch_openml(name: str) -> tuple[Tensor, list[str]]:
+    """The same from OpenML."""
+    from sklearn.datasets import fetch_openml
+
+    x, y = fetch_openml(name, version=1, return_X_y=True, as_frame=False)
+    return torch.as_tensor(x.astype("float32")), [str(label) for label in y]
+
+
+def prepare_data(options: argparse.Namespace) -> Data:
+    x, labels = fetch_openml(options.openml) if options.openml else read_table(options.table)
+    if options.test is not None:
+        x_test, labels_test = read_table(options.test)
+    else:
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = len(x) // 5
+        x_test, labels_test = x[order[:cut]], [labels[i] for i in order[:cut]]
+        x, labels = x[order[cut:]], [labels[i] for i in order[cut:]]
+    classes = tuple(sorted(set(labels)))
+    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-9)
+    y, y_test = (torch.tensor([classes.index(c) for c in part]) for part in (labels, labels_test))
+    return Data((x - mean) / deviation, y, (x_test - mean) / deviation, y_test, classes)
+
+
+def network(inputs: int, classes: int) -> nn.Module:
+    """16-64-32-32-5 for the LHC jets (Duarte et al. 2018)."""
+    widths = (inputs, 64, 32, 32)
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+
+
+def train(model: nn.Module, data: Data, epochs: int) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for x, y in Batches(data.x, data.y):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def score(name: str, model: nn.Module, data: Data, signal: int, cost: int | None = None) -> Score:
+    with torch.no_grad():
+        chances = model(data.x_test).double().softmax(1)
+    wanted, value = data.y_test == signal, chances[:, signal]
+    hit, background = value[wanted], value[~wanted]
+    # Mann and Whitney: how often a signal event stands above one of the background
+    ordered = background.sort().values
+    below, upto = (torch.searchsorted(ordered, hit, right=right) for right in (False, True))
+    auc = float((below + upto).double().mean() / 2 / len(background))
+    passing = float((background >= hit.median()).double().mean())
+    accuracy = float((chances.argmax(1) == data.y_test).double().mean())
+    return Score(name, accuracy, auc, 1 / max(passing, 1 / len(background)), cost)
+
+
+def at_bits(model: nn.Module, data: Data, bits: int, epochs: int) -> lowbit.model.QuantizedModel:
+    q = lowbit.prepare(model, recipe(bits), data.x[:BATCH])
+    lowbit.calibrate(q, [data.x[:2048]])
+    lowbit.Trainer(q, Batches(data.x, data.y), epochs=epochs, lr=1e-3).fit()
+    return lowbit.freeze(q)
+
+
+def recipe(bits: int) -> lowbit.Recipe:
+    """Fixed point that rounds half up, as gates do it cheapest."""
+    plain = lowbit.preset(f"fixed{bits}").to_dict()
+    for rule in plain["rules"]:
+        rule["activation"]["rounding"] = "half_up"
+    return lowbit.Recipe.from_dict(plain)
+
+
+def learn(model: nn.Module, data: Data, epochs: int, out: Path) -> Front:
+    q = lowbit.calibrate(lowbit.prepare(model, recipe(8), data.x[:BATCH]), [data.x[:2048]])
+    val = list(zip(data.x_test.split(1024), data.y_test.split(1024), strict=True))
+    settings = {"epochs": epochs, "lr": 1e-3, "schedule": "constant", "strength": (0.01, 1.0)}
+    return learn_widths(q, Batches(data.x, data.y), val, out=out / "learned", **settings)
+
+
+def with_cells(found: Score, q: lowbit.model.QuantizedModel, folder: Path) -> Score:
+    """Verilog in a folder, and the cells that yosys makes of it."""
+    project = lowbit.export.verilog(q, folder)
+    if shutil.which("yosys") is None:
+        print("yosys is not there, so no cells are counted; install package yosys")
+        return found
+    cells = project.synthesize()
+    return Score(**{**asdict(found), "yosys_lut": cells.lut, "yosys_ff": cells.ff})
+
+
+def prove(q: lowbit.model.QuantizedModel, data: Data, out: Path) -> None:
+    """Every back end gives the codes of the integer reference."""
+    targets = {"hls4ml": ("g++", lowbit.export.hls4ml), "verilog": ("iverilog", lowbit.export.verilog)}
+    for name, (tool, export) in targets.items():
+        folder = out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        export(q, folder)
+        if shutil.which(tool) is None:
+            print(f"{tool} is not there, so {name} is not run")
+        else:
+            print(lowbit.verify(q, folder, [data.x_test[:1000]]))
+
+
+def plot(scores: Sequence[Score], front: Front, path: Path) -> None:
+    """Accuracy against effective bit operations."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    points = [(p.ebops, p.metric) for p in front.best if p.metric is not None]
+    axes.plot(*zip(*points, strict=True), "o-", label="learned bits")
+    fixed = [s for s in scores if s.ebops and s.name.startswith("fixed")]
+    axes.plot([s.ebops for s in fixed], [s.accuracy for s in fixed], "s", label="the same bits everywhere")
+    axes.axhline(scores[0].accuracy, color="grey", linestyle="--", label="float")
+    axes.set(xlabel="effective bit operations", ylabel="accuracy", xscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path, nargs="?", help="CSV file of the training samples")
+    parser.add_argument(
+        "--test", type=Path, help="CSV file of the test samples (default: a fifth of the table)"
+    )
+    parser.add_argument("--openml", help="name of a data set at OpenML, instead of a table")
+    parser.add_argument("--signal", help="the class that the trigger looks for (default: the first)")
+    parser.add_argument(
+        "--epochs", type=int, default=30, help="of training in float; of learning bits twice that"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("trigger"), help="folder for what is made")
+    options = parser.parse_args()
+    if (options.table is None) == (options.openml is None):
+        parser.error("give a table, or --openml NAME")
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(1)
+    data = prepare_data(options)
+    signal = 0 if options.signal is None else data.classes.index(options.signal)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    model = network(data.x.shape[1], len(data.classes))
+    train(model, data, options.epochs)
+    scores = [score("float", model, data, signal)]
+    for bits in (8, 6, 4):
+        q = at_bits(model, data, bits, options.epochs)
+        scores.append(score(f"fixed{bits}", q, data, signal, sum(ebops(lower(q)).values())))
+        if bits == 6:
+            sixth = q
+            print(describe(lower(q), [data.x_test]))
+    front = learn(model, data, 2 * options.epochs, options.out)
+    print(front)
+    near = [p for p in front.best if p.metric is not None and p.metric >= scores[0].accuracy - 0.005]
+    chosen = near[0] if near else front.best[-1]
+    learned = front.model(chosen, model)
+    scores.append(score("learned", learned, data, signal, chosen.ebops))
+    for k, q in ((2, sixth), (4, learned)):
+        folder = options.out / f"cells-{scores[k].name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        scores[k] = with_cells(scores[k], q, folder)
+    prove(learned, data, options.out)
+    for found in scores:
+        print(json.dumps(asdict(found)))
+    (options.out / "scores.json").write_text(json.dumps([asdict(found) for found in scores], indent=1))
+    plot(scores, front, options.out / "front.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
