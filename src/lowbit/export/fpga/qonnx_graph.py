@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit.core.fixed import FixedPoint
 from lowbit.hardware.program import Constant, Program, Step
 
-__all__ = ["IR_VERSION", "graph_of"]
+__all__ = ["IR_VERSION", "adds_half", "graph_of"]
 
 DOMAIN = "qonnx.custom_op.general"
 # what the readers of these files know best
@@ -29,6 +29,11 @@ BATCH = "N"
 def graph_of(program: Program) -> Any:
     """The file, in memory; its first axis is dynamic."""
     return _Writer().proto(program)
+
+
+def adds_half(step: Step) -> bool:
+    """Whether it is rounded as floor(x + 1/2); QONNX's own "HALF_UP" rounds away from zero."""
+    return step.type.rounding == "half_up" and (step.op == "input" or step.fraction > step.type.fraction)
 
 
 class _Writer:
@@ -134,13 +139,14 @@ class _Writer:
             # that is fixed<16,6> for a ReLU, and for a layer the type of the first Quant that reads it
             taken = step.op == "relu" or (step.weight is not None and readers > 1)
             return self.quant(x, _held(step.type), name) if taken else x
-        half_up = step.type.rounding == "half_up"
-        if half_up and step.op == "input":
-            # floor(2 x) first: in float32 0.49999997 + 0.5 is 1
-            x = self.quant(x, replace(step.type, width=step.type.width + 1, narrow=False), f"{name}_twice")
-        elif half_up and step.op == "relu":
-            x = self.quant(x, _held(FixedPoint.holding(step.low, step.high, step.fraction)), f"{name}_exact")
-        if half_up and (step.op == "input" or step.fraction > step.type.fraction):
+        if adds_half(step):
+            if step.op == "input":
+                # floor(2 x) first: in float32 0.49999997 + 0.5 is 1
+                twice = replace(step.type, width=step.type.width + 1, narrow=False)
+                x = self.quant(x, twice, f"{name}_twice")
+            elif step.op == "relu":
+                exact = FixedPoint.holding(step.low, step.high, step.fraction)
+                x = self.quant(x, _held(exact), f"{name}_exact")
             one = Constant(torch.tensor(1), FixedPoint(1, -step.type.fraction, signed=False))
             half = self.typed(one, f"{name}_half", one.real())
             x = self.node("Add", [x, half], f"{name}_plus_half", step.shape)
