@@ -36,6 +36,7 @@ import lowbit
 from common import Claim, Table, arguments, progress, report
 from lowbit import QuantSpec, Recipe, Rule
 from lowbit.demo import load_images
+from lowbit.export.fpga.verilog import count
 from lowbit.hardware import lower
 from lowbit.hardware.cost import ebops
 from lowbit.hardware.widths import learn_widths
@@ -270,7 +271,7 @@ def measured(q: QuantizedModel, data: Magic, cells: bool) -> dict[str, Any]:
     if cells:
         with tempfile.TemporaryDirectory() as folder:
             project = lowbit.export.verilog(q, Path(folder) / "verilog")
-            counted = project.synthesize()
+            counted = count(project).cells
             row |= {"yosys LUT": counted.lut, "FF": counted.ff, "estimated LUT": project.estimate.lut}
     return row
 
@@ -304,7 +305,7 @@ def trains(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
         program = lower(q)
         with tempfile.TemporaryDirectory() as folder:
             project = lowbit.export.verilog(q, Path(folder) / "verilog")
-            cells = project.synthesize()
+            cells = count(project).cells
         weights = sum(step.weight.codes.numel() for step in program.steps if step.weight is not None)
         found = {"weights": weights, "EBOPs": sum(ebops(program).values()), "clocks": project.latency}
         table.add(layer=name, **found, **{"yosys LUT": cells.lut, "estimated LUT": project.estimate.lut})

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.export.fpga.verilog import count
 from lowbit.hardware import lower
 from lowbit.hardware.cost import ebops
 from lowbit.hardware.report import describe
@@ -168,7 +169,7 @@ def with_cells(found: Score, q: lowbit.model.QuantizedModel, folder: Path) -> Sc
     if shutil.which("yosys") is None:
         print("yosys is not there, so no cells are counted; install package yosys")
         return found
-    cells = project.synthesize()
+    cells = count(project).cells
     return Score(**{**asdict(found), "yosys_lut": cells.lut, "yosys_ff": cells.ff})
 
 

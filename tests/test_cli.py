@@ -150,7 +150,7 @@ def test_quantize_weights_alone_takes_a_shape(place: Place) -> None:
 def test_export_writes_the_file_that_quantize_wrote(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     output = place.path("second.onnx")
     assert place.run("export", "m.safetensors", "--model", "net.py:net", "-o", output, "--json") == 0
-    assert answer(capsys) == {"file": output, "bytes": Path(output).stat().st_size}
+    assert answer(capsys) == {"file": output, "to": "onnx", "bytes": Path(output).stat().st_size}
     assert (
         place.run(
             "verify", "m.safetensors", "--model", "net.py:net", "--onnx", "second.onnx", "--data", "data.npy"

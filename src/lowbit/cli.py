@@ -8,7 +8,7 @@ model, or 2 with one line `error: ...` when the input is bad, or 130 when the us
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ import yaml
 import lowbit
 from lowbit import cli_inputs, cli_search, cli_tensorize, cli_train
 from lowbit.cli_options import (
+    MODEL_HELP,
     AlsoOnnx,
     BatchSize,
     Checkpoint,
@@ -34,7 +35,7 @@ from lowbit.cli_options import (
     Weights,
 )
 from lowbit.cli_output import Answer, answering
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, near_miss
 from lowbit.tables import text_table
 
 __all__ = ["app", "main"]
@@ -75,6 +76,7 @@ EXTRAS = {
     "openvino": "openvino",
     "tensorboardX": "train",
     "tensorly": "tensor",
+    **dict.fromkeys(("hls4ml", "qonnx", "da4ml"), "fpga"),
 }
 
 
@@ -149,35 +151,50 @@ def _spec(spec: lowbit.QuantSpec | None) -> str:
 def export(
     checkpoint: Checkpoint,
     model: ModelOption,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.onnx", help="file to write")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PATH", help="file to write, or folder of a project")
+    ],
+    to: Annotated[str, typer.Option(help="onnx, qonnx (files); hls4ml, verilog (projects)")] = "onnx",
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint as an ONNX file for ONNX Runtime and OpenVINO."""
+    """Write a checkpoint as an ONNX file for ONNX Runtime and OpenVINO, or for an FPGA."""
+    writers: dict[str, Callable[[Any, Path], object]] = {
+        "onnx": lowbit.export.onnx,
+        "qonnx": lowbit.export.qonnx,
+        "hls4ml": lowbit.export.hls4ml,
+        "verilog": lowbit.export.verilog,
+    }
+    if to not in writers:
+        raise LowbitError(f"--to {to} is unknown{near_miss(to, list(writers))}")
     with answering(as_json) as answer:
-        cli_inputs.writable(output, "-o")
+        if to.endswith("onnx"):
+            cli_inputs.writable(output, "-o")
         q = lowbit.load(cli_inputs.existing(checkpoint, "CHECKPOINT"), cli_inputs.load_model(model))
-        lowbit.export.onnx(q, output)
-        size = output.stat().st_size
+        writers[to](q, output)
+        files = [output] if output.is_file() else [path for path in output.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
         answer.say(f"{output}: {size:,} bytes")
-        answer.record |= {"file": str(output), "bytes": size}
+        answer.record |= {"file": str(output), "to": to, "bytes": size}
 
 
 @app.command()
 def verify(
     checkpoint: Checkpoint,
     model: ModelOption,
-    onnx: Annotated[Path, typer.Option(metavar="FILE.onnx", help="the exported file")],
+    exported: Annotated[
+        Path, typer.Option("--exported", "--onnx", metavar="PATH", help="the exported file or project")
+    ],
     data: Data,
     num_batches: NumBatches = None,
     batch_size: BatchSize = None,
     as_json: Json = False,
 ) -> None:
-    """Run an exported file and compare it code by code with its model; exit code 1 where it is another."""
+    """Run what was exported and compare it code by code with its model; exit code 1 where it is another."""
     with answering(as_json) as answer:
-        cli_inputs.existing(onnx, "--onnx")
+        cli_inputs.existing(exported, "--exported", folder=True)
         q = lowbit.load(cli_inputs.existing(checkpoint, "CHECKPOINT"), cli_inputs.load_model(model))
         batches = cli_inputs.load_data(data, batch_size, num_batches)
-        parity = lowbit.verify(q, onnx, batches, num_batches)
+        parity = lowbit.verify(q, exported, batches, num_batches)
         answer.say(parity)
         answer.record |= {"ok": parity.ok, "exact": parity.exact, **asdict(parity)}
     if not parity.ok:
@@ -212,9 +229,18 @@ def inspect(
     env: Annotated[
         bool, typer.Option("--env", help="versions, kernels and processor of this machine")
     ] = False,
+    hardware: Annotated[
+        bool, typer.Option("--hardware", help="fixed-point types and costs of a checkpoint; needs --model")
+    ] = False,
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)] = None,
+    data: OptionalData = None,
     as_json: Json = False,
 ) -> None:
-    """Bytes and bits of each layer of a file, and its recipe; or, with --env, what lowbit runs on here."""
+    """Bytes and bits of each layer of a file, and its recipe; or, with --env, what lowbit runs on here.
+
+    With --hardware the type of every weight, sum and result on an FPGA, what it costs, and on --data how
+    often values do not fit.
+    """
     from lowbit.contents import contents
     from lowbit.environment import environment
 
@@ -226,11 +252,29 @@ def inspect(
             answer.say(machine)
             answer.record |= asdict(machine)
             return
+        if hardware:
+            _show_hardware(answer, file, model, data)
+            return
         found = contents(cli_inputs.existing(file, "file"))
         answer.say(found)
         if found.recipe is not None:
             answer.say("\n" + yaml.safe_dump(found.recipe, sort_keys=False, default_flow_style=None))
         answer.record |= asdict(found)
+
+
+def _show_hardware(answer: Answer, file: Path, model: str | None, data: str | None) -> None:
+    from lowbit.hardware import lower
+    from lowbit.hardware.parity import inputs_of
+    from lowbit.hardware.report import describe
+    from lowbit.passes.calibrate import batches
+
+    if model is None:
+        raise LowbitError("--hardware needs the network behind the checkpoint; pass --model module:callable")
+    q = lowbit.load(cli_inputs.existing(file, "FILE"), cli_inputs.load_model(model))
+    seen = None if data is None else inputs_of(q, list(batches(cli_inputs.load_data(data))))
+    found = describe(lower(q), seen)
+    answer.say(found)
+    answer.record |= {"ebops": found.ebops, "steps": [asdict(row) for row in found.rows]}
 
 
 app.command()(cli_train.train)

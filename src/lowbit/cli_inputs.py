@@ -165,14 +165,14 @@ def dims(shape: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def existing(path: str | Path, what: str) -> Path:
-    """The path of a file that is there.
+def existing(path: str | Path, what: str, *, folder: bool = False) -> Path:
+    """The path of a file that is there, or of a folder where one will do.
 
     Raises:
         LowbitError: it is not there; the message has the nearest name in its folder.
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or (folder and path.is_dir()):
         return path
     if path.is_dir():
         raise LowbitError(f"{what} '{path}' is a folder; name a file")

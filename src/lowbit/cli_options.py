@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "MODEL_HELP",
     "AlsoOnnx",
     "BatchSize",
     "Checkpoint",

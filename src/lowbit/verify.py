@@ -16,7 +16,7 @@ from lowbit.errors import LowbitError, expect
 from lowbit.graph.ops import kind_of, module_of
 from lowbit.graph.run import bind_inputs, flat_tensors
 from lowbit.graph.trace import Inputs
-from lowbit.hardware.parity import HardwareParity, verify_project
+from lowbit.hardware.parity import HardwareParity, is_qonnx, verify_hardware
 from lowbit.model import QuantizedModel
 from lowbit.nn.quantizer import Quantizer, grid_of
 from lowbit.passes.calibrate import batches
@@ -171,8 +171,8 @@ def verify(
 ) -> Parity | HardwareParity:
     """Run what was exported and compare it with the model, code by code.
 
-    An hls4ml project is compiled with g++; every code of its results must equal the integer reference. An
-    ONNX file runs in ONNX Runtime.
+    An hls4ml project is compiled with g++, Verilog simulated by iverilog, a QONNX file run by qonnx: every
+    code of the results must equal the integer reference. Any other ONNX file runs in ONNX Runtime.
 
     The codes of every quantized tensor are read from the running ONNX file. They must equal the integer
     reference, which follows the arithmetic of the kernels; the float simulation, `q(x)`, is shown beside it:
@@ -186,8 +186,8 @@ def verify(
         LowbitError: the file does not exist, is none that lowbit writes, or was not exported from this model.
     """
     expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, ...)")
-    if Path(path).is_dir():
-        return verify_project(q, Path(path), list(batches(data, num_batches)))
+    if Path(path).is_dir() or is_qonnx(Path(path)):
+        return verify_hardware(q, Path(path), list(batches(data, num_batches)))
     return _verify_onnx(q, path, data, num_batches)
 
 

@@ -124,7 +124,7 @@ def test_what_is_no_fixed_point_is_refused(spec: QuantSpec, scale: object, messa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 0), "width=0 is not from 1 to 63"),
+        ((0, 0), "width=0 is not from 1 to 62"),
         ((8.0, 3), r"width=8\.0 is not a whole number"),
         ((8, 3, True, "nearest"), "rounding='nearest' is unknown"),
         ((8, 3, False, "floor", "saturate", True), "narrow=True"),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import lowbit
 from lowbit import LowbitError, QuantSpec, Recipe, Rule
 from lowbit.core.fixed import FixedPoint
-from lowbit.export.qonnx import export_qonnx, hls4ml_from_qonnx, run_qonnx
+from lowbit.export.fpga.qonnx import export_qonnx, hls4ml_from_qonnx, run_qonnx
 from lowbit.hardware import Program, Step, lower
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")

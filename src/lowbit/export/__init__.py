@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -11,7 +11,10 @@ from lowbit.errors import expect
 from lowbit.graph.trace import Inputs
 from lowbit.model import QuantizedModel
 
-__all__ = ["float_onnx", "hls4ml", "onnx"]
+if TYPE_CHECKING:
+    from lowbit.export.fpga.verilog import VerilogProject
+
+__all__ = ["float_onnx", "hls4ml", "onnx", "qonnx", "verilog"]
 
 
 def onnx(q: QuantizedModel, path: str | Path) -> Path:
@@ -75,3 +78,47 @@ def hls4ml(
 
     options = {"reuse": reuse, "strategy": strategy, "part": part, "clock_ns": clock_ns}
     return write_project(lower(q), Path(folder), backend=backend, io=io, **options)
+
+
+def qonnx(q: QuantizedModel, path: str | Path) -> Path:
+    """Write a frozen model of powers of two as QONNX: plain ONNX, with a `Quant` node for every type.
+
+    `lowbit.verify(q, path, data)` runs it in the package `qonnx`. Needs the extra `lowbit[fpga]`.
+
+    Raises:
+        LowbitError: the model is not frozen, a scale is no power of two, values that wrap, sums of more than
+            24 bits, which float32 does not hold; the folder does not exist.
+    """
+    from lowbit.export.fpga.qonnx import export_qonnx
+
+    return export_qonnx(q, path)
+
+
+def verilog(
+    q: QuantizedModel,
+    folder: str | Path,
+    *,
+    name: str = "network",
+    clock_ns: float = 5.0,
+    adders_per_clock: int = 5,
+) -> VerilogProject:
+    """Write a frozen model of powers of two as Verilog, fully unrolled: one sample at every clock.
+
+    `lowbit.verify(q, folder, data)` simulates it with iverilog. Needs the extra `lowbit[fpga]`.
+
+    Args:
+        folder: where the sources go; not there yet, or empty.
+        name: of the module.
+        clock_ns: period that the constraint file asks for.
+        adders_per_clock: the longest chain between two registers; 0 makes a module without a clock.
+
+    Returns:
+        The project, with its estimate by da4ml; `lowbit.export.fpga.verilog.count` has yosys count its cells.
+
+    Raises:
+        LowbitError: the model is not frozen, a scale is no power of two, an operation that hardware lacks; a
+            folder with something in it.
+    """
+    from lowbit.export.fpga.verilog import export_verilog
+
+    return export_verilog(q, folder, name=name, clock_ns=clock_ns, adders_per_clock=adders_per_clock)

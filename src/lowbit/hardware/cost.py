@@ -21,15 +21,17 @@ def significant_bits(codes: Tensor) -> Tensor:
 def ebops(program: Program) -> dict[str, int]:
     """Effective bit operations of each step with weights, for one sample.
 
-    The sum over all multiplications of the bits of one operand times those of the other, where a weight has its
-    `significant_bits`, for hardware multiplies by zeros at its ends for free, and what is read the width of its
-    type (Sun et al. 2024, "HGQ: High Granularity Quantization for Real-time Neural Networks on FPGAs"). Every
-    position of a convolution counts, also those where it reads padding. A layer that is called twice has the sum.
+    The sum over all multiplications of the bits of one operand times those of the other: a weight has its
+    `significant_bits`, for zeros at its ends cost nothing, and what is read the width of its type (Sun et al.
+    2024, "HGQ: High Granularity Quantization for Real-time Neural Networks on FPGAs"). Every position of a
+    convolution counts, also those where it reads padding.
+
+    Returns:
+        EBOPs by the name of the step, in the order of the program.
     """
-    found: dict[str, int] = {}
+    found = {}
     for step in program.steps:
         if step.weight is not None:
             width = program.steps[step.inputs[0]].type.width
-            bits = int(significant_bits(step.weight.codes).sum())
-            found[step.name] = found.get(step.name, 0) + bits * width * step.positions
+            found[step.name] = int(significant_bits(step.weight.codes).sum()) * width * step.positions
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowbit.core.fixed import to_real
+from lowbit.core.fixed import from_real, to_real
 from lowbit.errors import LowbitError
 from lowbit.graph.run import bind_inputs, flat_tensors
 from lowbit.graph.trace import Inputs
@@ -18,7 +18,7 @@ from lowbit.hardware.lower import lower
 from lowbit.hardware.program import Program
 from lowbit.model import QuantizedModel
 
-__all__ = ["HardwareParity", "verify_project"]
+__all__ = ["HardwareParity", "inputs_of", "is_qonnx", "verify_hardware"]
 
 # float batches, one for each input, to results in real numbers
 Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -63,28 +63,70 @@ class HardwareParity:
         return text
 
 
-def verify_project(q: QuantizedModel, folder: Path, data: Sequence[Inputs]) -> HardwareParity:
-    """Compile and run the project in a folder.
+def is_qonnx(path: Path) -> bool:
+    """Whether a path is that of a QONNX file."""
+    if not path.is_file():
+        return False
+    import onnx
+
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception:  # whoever opens it next says what is wrong
+        return False
+    return any(opset.domain.startswith("qonnx") for opset in proto.opset_import)
+
+
+def verify_hardware(q: QuantizedModel, path: Path, data: Sequence[Inputs]) -> HardwareParity:
+    """Run the hls4ml project or the Verilog in a folder, or a QONNX file.
 
     Raises:
-        LowbitError: no project that lowbit wrote, one of another model, or a tool is missing.
+        LowbitError: nothing that lowbit wrote, or from another model; a tool is missing.
     """
+    program = lower(q)
+    run, by = _qonnx(path) if path.is_file() else _project(path, program)
+    return compare(q, path, inputs_of(q, data), program, run, by)
+
+
+def _qonnx(path: Path) -> tuple[Runner, str]:
+    from lowbit.export.fpga.qonnx import run_qonnx
+
+    return lambda x: run_qonnx(path, x), "qonnx"
+
+
+def _project(folder: Path, program: Program) -> tuple[Runner, str]:
     from lowbit.export.fpga.hls import NOTE, run_project, shapes_of
 
     if not (folder / NOTE).is_file():
         raise LowbitError(
             f"'{folder}' has no {NOTE}, so it is no project that lowbit wrote; export it with "
-            "lowbit.export.hls4ml(q, folder)"
+            "lowbit.export.hls4ml(q, folder) or lowbit.export.verilog(q, folder)"
         )
-    program = lower(q)
-    theirs, ours = json.loads((folder / NOTE).read_text(encoding="utf-8"))["shapes"], shapes_of(program)
+    note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    compiled = "io" in note
+    theirs = (
+        note["shapes"] if compiled else [[p["shape"] for p in note[way]] for way in ("inputs", "outputs")]
+    )
+    ours = shapes_of(program)
     if theirs != ours:
         raise LowbitError(
             f"'{folder}' is from a model whose samples are {theirs[0]} and give {theirs[1]}; this one has "
             f"{ours[0]} and {ours[1]}; export this model"
         )
-    inputs = inputs_of(q, data)
-    return compare(q, folder, inputs, program, lambda x: run_project(folder, x), "hls4ml and g++")
+    if compiled:
+        return lambda x: run_project(folder, x), "hls4ml and g++"
+    return _simulated(folder, program), "iverilog"
+
+
+def _simulated(folder: Path, program: Program) -> Runner:
+    from lowbit.export.fpga.verilog import VerilogProject, simulate
+
+    project = VerilogProject.load(folder)
+
+    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        codes = [from_real(x, step.type) for x, step in zip(inputs, program.inputs, strict=True)]
+        return program.real(simulate(project, codes))
+
+    return run
 
 
 def inputs_of(q: QuantizedModel, data: Sequence[Inputs]) -> list[Tensor]:

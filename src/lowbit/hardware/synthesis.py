@@ -58,7 +58,7 @@ class Cells:
     lut: int
     ff: int
     dsp: int
-    # blocks of 8 carries (CARRY8)
+    # blocks of 4 carries (CARRY4)
     carry: int
 
 
@@ -175,7 +175,7 @@ def _counted(cells: Mapping[str, int]) -> Cells:
         return sum(cells.get(name, 0) for name in names)
 
     dsp = sum(n for kind, n in cells.items() if kind.startswith("DSP"))
-    return Cells(total(*_LUTS, *_SHIFTS), total(*_FLIP_FLOPS), dsp, total("CARRY8"))
+    return Cells(total(*_LUTS, *_SHIFTS), total(*_FLIP_FLOPS), dsp, total("CARRY4"))
 
 
 def _tool(name: str, package: str) -> str:

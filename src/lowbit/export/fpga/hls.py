@@ -185,7 +185,7 @@ def _convolution(step: Step, source: Step) -> nn.Module:
     if settings["groups"] != 1:
         raise LowbitError(
             f"'{step.name}' has {settings['groups']} groups, which hls4ml reads from QONNX alone; use "
-            "lowbit.export.qonnx and hls4ml's convert_from_onnx_model"
+            "lowbit.export.qonnx and lowbit.export.fpga.qonnx.hls4ml_from_qonnx"
         )
     if set(settings["dilation"]) != {1}:
         raise LowbitError(f"'{step.name}' has dilation {settings['dilation']}; hls4ml takes 1")

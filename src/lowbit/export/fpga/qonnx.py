@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit.core.fixed import MAX_WIDTH, FixedPoint, align, cast, exponent_of
 from lowbit.errors import LowbitError, expect
-from lowbit.export.qonnx_graph import IR_VERSION, adds_half, graph_of
+from lowbit.export.fpga.qonnx_graph import IR_VERSION, adds_half, graph_of
 from lowbit.files import atomic_path
 from lowbit.hardware.arithmetic import weighted_bounds
 from lowbit.hardware.lower import lower
