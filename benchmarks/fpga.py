@@ -45,6 +45,7 @@ from lowbit.tensor_networks import TTLinear
 from magic import Magic, at_bits, train_float, trigger_network
 
 PARTS = ("parity", "magic", "trains")
+TARGETS = ("io_parallel", "io_stream", "qonnx", "verilog")
 SAMPLES = 10_000
 
 
@@ -128,9 +129,16 @@ def clusters(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return centres[y] + torch.randn(count, 16, generator=generator), y
 
 
-def pictures(split: str) -> tuple[Tensor, Tensor]:
+def pictures(split: str, count: int = 0) -> tuple[Tensor, Tensor]:
+    """Images of 12 x 12; where more are asked for than there are, again with a little noise."""
     images, labels = load_images(split)
-    return F.adaptive_avg_pool2d(images, 12), labels
+    images = F.adaptive_avg_pool2d(images, 12)
+    while len(images) < count:
+        images, labels = (
+            torch.cat([images, images + 0.05 * torch.randn_like(images)]),
+            torch.cat([labels, labels]),
+        )
+    return images[: count or None], labels[: count or None]
 
 
 def fitted(model: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
@@ -156,7 +164,7 @@ def parity(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
     for case in CASES:
         torch.manual_seed(0)
         x, y = pictures("train") if case.images else clusters(6400, 1)
-        test = (pictures("test") if case.images else clusters(options.samples, 2))[0][: options.samples]
+        test, _ = pictures("test", options.samples) if case.images else clusters(options.samples, 2)
         model = fitted(case.make(), x, y)
         prepared = lowbit.calibrate(lowbit.prepare(model, case.recipe, x[:64]), [x[:512]])
         ways = {
@@ -164,7 +172,7 @@ def parity(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
             "QAT": trained(prepared, x, y),
         }
         for way, q in ways.items():
-            for target in case.targets:
+            for target in [t for t in case.targets if t in options.targets]:
                 found = proven(q, target, test)
                 table.add(
                     **{
@@ -321,6 +329,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["parity", "trains"])
     parser.add_argument("--data", help="folder with magic/")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for runs (default: runs)")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="of parity")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"of parity (default: {SAMPLES})")
     parser.add_argument("--epochs", type=int, default=80, help="of learning bits (default: 80)")
     parser.add_argument(

@@ -87,8 +87,15 @@ def simulate_module(
         _run([compiler, "-g2012", "-s", "bench", "-o", "bench.vvp", str(bench), *sources], folder)
         _run([runner, "-n", "bench.vvp"], folder)
         lines = (folder / "outputs.hex").read_text().split()
-    if len(lines) != len(inputs) or any(set(line) & set("xzXZ") for line in lines):
-        raise LowbitError(f"module '{name}' leaves bits of its results undefined; export it again")
+    if len(lines) != len(inputs):
+        raise LowbitError(
+            f"Icarus Verilog gives {len(lines)} results for {len(inputs)} samples; run it again"
+        )
+    for row, line in enumerate(lines):
+        if set(line) & set("xzXZ"):
+            raise LowbitError(
+                f"module '{name}' leaves bits of result {row} undefined: {line}; export it again"
+            )
     return _bits(lines, outputs)
 
 
