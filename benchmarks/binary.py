@@ -45,7 +45,7 @@ from lowbit.core.estimators import estimators
 from lowbit.export.qdq import write_float
 from lowbit.graph.inputs import Inputs
 from lowbit.kernels import bits
-from lowbit.recipe import preset
+from lowbit.presets import preset
 from lowbit.reference import run_on_codes
 from measure import Timing, interleave
 from networks import BinaryVgg

@@ -47,7 +47,7 @@ from common import Claim, Table, arguments, progress, report
 from lowbit import INT8, UINT8, QuantSpec, Recipe, Rule
 from lowbit.core.affine import choose_qparams, fake_quantize
 from lowbit.core.ranges import least_error_range_of
-from lowbit.recipe import preset
+from lowbit.presets import preset
 from lowbit.search import (
     Allocation,
     Budget,

@@ -36,8 +36,9 @@ import cifar
 import lowbit
 from common import Claim, Table, arguments, progress, report
 from lowbit.core.estimators import estimators
+from lowbit.presets import preset
 from lowbit.qat import Trainer, restore
-from lowbit.recipe import Recipe, preset
+from lowbit.recipe import Recipe
 from networks import load_cifar
 
 NETWORK = "resnet20-B"

@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(("core", "decompose", "kernels", "demo"), 0),
     **dict.fromkeys(("errors", "files", "processor", "progress", "registry", "sealed", "tables"), 0),
     "distributed": 0,
-    **dict.fromkeys(("recipe", "nn", "graph"), 1),
+    **dict.fromkeys(("presets", "recipe", "nn", "graph"), 1),
     **dict.fromkeys(("passes", "cost", "coverage", "model", "scales", "training"), 2),
     **dict.fromkeys(("ptq", "qat", "search", "export", "reference", "verify", "compare", "advise"), 3),
     **dict.fromkeys(("hardware", "tensor_networks"), 3),

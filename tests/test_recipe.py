@@ -26,7 +26,8 @@ from lowbit import (
 )
 from lowbit.core.estimators import estimators
 from lowbit.core.spec import BINARY, TERNARY
-from lowbit.recipe import SPECS, presets
+from lowbit.presets import presets
+from lowbit.recipe import SPECS
 
 
 @dataclass(frozen=True)

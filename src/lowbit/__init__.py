@@ -7,9 +7,10 @@ from lowbit.core.qtensor import QTensor, quantization_error
 from lowbit.core.spec import FP16, INT4, INT8, UINT8, PerChannel, PerGroup, PerTensor, QuantSpec
 from lowbit.errors import LowbitError
 from lowbit.export.checkpoint import load, save
+from lowbit.presets import preset
 from lowbit.ptq import calibrate, freeze, prepare, quantize
 from lowbit.qat import Trainer
-from lowbit.recipe import Recipe, Rule, preset
+from lowbit.recipe import Recipe, Rule
 from lowbit.verify import verify
 
 __all__ = [

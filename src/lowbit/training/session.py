@@ -252,8 +252,9 @@ class Session:
         distributed.same_everywhere(self.q.buffers())
         score = self._score(self.q)
         found = {"loss": loss, "lr": self.pace.lr, "seconds": seconds, **_fields(score)}
-        found |= {"step": (self.epoch + 1) * self.feed.steps, "bits": self.bits}
-        self._add(Epoch(epoch=self.epoch + 1, **found))
+        self._add(
+            Epoch(epoch=self.epoch + 1, step=(self.epoch + 1) * self.feed.steps, bits=self.bits, **found)
+        )
         if self.settings.on_epoch is not None:
             self.settings.on_epoch(self.record.epochs[-1])
         if self.settings.schedule == "plateau":
