@@ -248,18 +248,16 @@ class Session:
 
     def _end_epoch(self, seconds: float) -> None:
         self._check_weights()
-        loss = self.loss_sum / self.samples
+        epoch, loss = self.epoch + 1, self.loss_sum / self.samples
         distributed.same_everywhere(self.q.buffers())
         score = self._score(self.q)
         found = {"loss": loss, "lr": self.pace.lr, "seconds": seconds, **_fields(score)}
-        self._add(
-            Epoch(epoch=self.epoch + 1, step=(self.epoch + 1) * self.feed.steps, bits=self.bits, **found)
-        )
+        self._add(Epoch(epoch=epoch, step=epoch * self.feed.steps, bits=self.bits, **found))
         if self.settings.on_epoch is not None:
             self.settings.on_epoch(self.record.epochs[-1])
         if self.settings.schedule == "plateau":
             self.pace.plateau.step(score.metric if score else -loss)
-        self.epoch, self.done = self.epoch + 1, 0
+        self.epoch, self.done = epoch, 0
         best, waits = self.record.best, self.settings.patience
         final = not self.settings.bits or self.bits == self.settings.bits[-1]
         waited = self.epoch - best.epoch if best and final else 0
