@@ -16,6 +16,7 @@ from lowbit import UINT8, PerChannel, PerGroup, QuantSpec
 from lowbit.core import ranges
 from lowbit.core.affine import choose_qparams, fake_quantize, group_amin_amax
 from lowbit.core.histogram import FloatHistogram
+from lowbit.core.observers import observers
 from lowbit.core.ranges import histogram_error, kl_range, least_error_range_of, percentile_range
 
 
@@ -138,6 +139,8 @@ ERROR_SPECS = [
     QuantSpec(bits=4, scale="pow2", rounding="half_up"),
     QuantSpec(bits=6, symmetric=False, scale="pow2"),
     QuantSpec(bits=16),
+    QuantSpec(bits=6, rounding="floor"),
+    QuantSpec(bits=4, symmetric=False, rounding="floor"),
 ]
 
 
@@ -263,3 +266,18 @@ def test_ends_have_the_shape_of_the_scale() -> None:
         spec = QuantSpec(bits=4, symmetric=False, granularity=granularity)
         for ends in (group_amin_amax(x, spec), least_error_range_of(x, spec)):
             assert [tuple(end.shape) for end in ends] == [spec.scale_shape(x.shape)] * 2
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_what_would_wrap_is_kept_inside(bits: int) -> None:
+    """Clipping an outlier costs little, wrapping it much."""
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(bits=bits, scale="pow2", overflow="wrap")
+    observer = observers.get("mse")(spec)
+    observer.update(x)
+    scale, _ = choose_qparams(*observer.range(), spec)
+    error = (fake_quantize(x, scale, None, spec) - x).square().mean()
+    best = min(
+        (fake_quantize(x, torch.tensor([2.0**-k]), None, spec) - x).square().mean() for k in range(-4, 12)
+    )
+    assert error <= 1.5 * best

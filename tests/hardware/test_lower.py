@@ -14,6 +14,7 @@ import lowbit
 from lowbit import LowbitError, PerChannel, QuantSpec, Recipe, Rule
 from lowbit.hardware import Program, lower
 from lowbit.model import QuantizedModel
+from lowbit.nn.tensorized import TTLinear
 
 
 class Mixed(nn.Module):
@@ -51,10 +52,16 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.Hardtanh(), nn.Linear(8, 3))
 
 
+def train() -> nn.Module:
+    """A chain of small Linear layers with a bias of its own behind them."""
+    return nn.Sequential(TTLinear((2, 3), (3, 2), ranks=2), nn.ReLU(), nn.Linear(6, 3))
+
+
 NETWORKS = {
     "mlp": (mlp, (6,)),
     "mixed": (Mixed, (2, 16, 16)),
     "rows": (Rows, (3, 15)),
+    "train": (train, (6,)),
 }
 
 

@@ -131,6 +131,21 @@ def _add_bounds(_: Step, read: Sequence[Bounds]) -> Bounds:
     return sum(lows), sum(highs), fraction
 
 
+def _shifted(step: Step, read: Sequence[Operand]) -> Tensor:
+    """A constant of the shape of a sample is added."""
+    assert step.bias is not None
+    (x, fraction), bias = read[0], step.bias
+    return align(x, step.fraction - fraction) + align(bias.codes, step.fraction - bias.type.fraction)
+
+
+def _shifted_bounds(step: Step, read: Sequence[Bounds]) -> Bounds:
+    assert step.bias is not None
+    (low, high, fraction), codes = read[0], step.bias.codes
+    fine = max(fraction, step.bias.type.fraction)
+    least, most = (int(end) << fine - step.bias.type.fraction for end in (codes.min(), codes.max()))
+    return (low << fine - fraction) + least, (high << fine - fraction) + most, fine
+
+
 def _concat(step: Step, read: Sequence[Operand]) -> Tensor:
     aligned = [align(x, step.fraction - fraction) for x, fraction in read]
     return torch.cat(aligned, step.settings["axis"])
@@ -158,6 +173,7 @@ OPERATIONS: dict[str, Operation] = {
     "max_pool": Operation(_maximum, _as_read),
     "average_pool": Operation(_mean, _mean_bounds),
     "add": Operation(_add, _add_bounds),
+    "bias": Operation(_shifted, _shifted_bounds),
     "concat": Operation(_concat, _concat_bounds),
     "reshape": Operation(lambda step, read: read[0][0].reshape(-1, *step.shape), _as_read),
     "transpose": Operation(lambda step, read: read[0][0].permute(0, *step.settings["axes"]), _as_read),

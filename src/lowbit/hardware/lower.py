@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -50,6 +51,8 @@ class _Lowering:
         self.gm = gm
         self.steps: list[Step] = []
         self.at: dict[fx.Node, int] = {}
+        # tensors of the model that are added, once they are quantized
+        self.constants: dict[fx.Node, Constant] = {}
         self.kinds: dict[str, Callable[[fx.Node], int]] = {
             "quantizer": self._quantizer,
             "layer": self._layer,
@@ -64,6 +67,10 @@ class _Lowering:
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
                 self.at[node] = self._append(Step(_name(node), "input", (), _shape(node), _BIT))
+            elif node.op == "get_attr":
+                continue  # its quantizer makes a constant of it
+            elif kind_of(node) == "quantizer" and node.args[0].op == "get_attr":
+                self.constants[node] = self._constant(node)
             elif node.op != "output":
                 self.at[node] = self.kinds.get(kind_of(node), self._refuse)(node)
             else:
@@ -86,9 +93,11 @@ class _Lowering:
         self.steps.append(step)
         return len(self.steps) - 1
 
-    def _computed(self, node: fx.Node, op: str, inputs: Sequence[int], **settings: Any) -> int:
+    def _computed(
+        self, node: fx.Node, op: str, inputs: Sequence[int], bias: Constant | None = None, **settings: Any
+    ) -> int:
         """A step without weights, with the exact type of its result."""
-        step = Step(_name(node), op, tuple(inputs), _shape(node), _BIT, settings=settings)
+        step = Step(_name(node), op, tuple(inputs), _shape(node), _BIT, bias=bias, settings=settings)
         bounds = OPERATIONS[op].bounds
         assert bounds is not None
         return self._append(_exact(step, bounds(step, [self._bounds(i) for i in inputs])))
@@ -175,7 +184,24 @@ class _Lowering:
         codes = (-(1 << 62) if low == -math.inf else int(least), 1 << 62 if high == math.inf else int(most))
         return self._computed(node, "clamp", [at], codes=codes, fraction=fraction, ends=(low, high))
 
+    def _constant(self, node: fx.Node) -> Constant:
+        """A tensor of the model as its quantizer rounds it."""
+        quantizer, source = module_of(node), node.args[0]
+        assert isinstance(quantizer, Quantizer)
+        to = self._type(quantizer, f"'{_name(source)}'")
+        return Constant(from_real(operator.attrgetter(str(source.target))(self.gm).detach(), to), to)
+
     def _add(self, node: fx.Node) -> int:
+        fixed = [n for n in node.args[:2] if n in self.constants]
+        if len(fixed) == 1:
+            (other,) = (n for n in node.args[:2] if n not in self.constants)
+            at, bias = self._read(node, other), self.constants[fixed[0]]
+            if tuple(bias.codes.shape) != self.steps[at].shape:
+                raise LowbitError(
+                    f"'{_name(node)}' adds a constant of shape {[*bias.codes.shape]} to samples of "
+                    f"{[*self.steps[at].shape]}; hardware adds like to like"
+                )
+            return self._computed(node, "bias", [at], bias)
         a, b = (self._read(node, n) for n in node.args[:2])
         shapes = {self.steps[i].shape for i in (a, b)}
         if len(shapes) > 1:

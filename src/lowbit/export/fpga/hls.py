@@ -169,6 +169,7 @@ def _module(program: Program, step: Step) -> nn.Module:
     cure = {
         "cast": "give all readers of a tensor the same bits",
         "clamp": "use ReLU",
+        "bias": "give the bias to the layer before",
         "transpose": "move it out of the network",
         "reshape": "flatten to vectors alone",
     }[step.op]

@@ -174,6 +174,12 @@ def _dense(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
     return to.node("Add", [sums, bias], f"{name}_sum", step.shape)
 
 
+def _bias(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
+    assert step.bias is not None
+    bias = to.typed(step.bias, f"{name}_bias", step.bias.real())
+    return to.node("Add", [read[0], bias], name, step.shape)
+
+
 def _conv(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
     constants = [
         to.typed(constant, f"{name}_{part}", constant.real())
@@ -236,6 +242,7 @@ _EMITTERS: dict[str, Callable[[_Writer, Step, str, Sequence[str]], str]] = {
     "max_pool": _max_pool,
     "average_pool": _average_pool,
     "add": lambda to, step, name, read: to.node("Add", read, name, step.shape),
+    "bias": _bias,
     "concat": _concat,
     "reshape": _reshape,
     "transpose": _transpose,

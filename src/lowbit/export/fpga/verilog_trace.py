@@ -78,6 +78,7 @@ class _Tracer:
             "max_pool": self._max_pool,
             "average_pool": self._average_pool,
             "add": lambda step, read: np.asarray(read[0] + read[1], dtype=object),
+            "bias": lambda step, read: read[0] + _at(step).reshape(step.shape),
             "concat": lambda step, read: np.concatenate(read, step.settings["axis"] - 1),
             "relu": lambda step, read: read[0],
             "cast": lambda step, read: read[0],
@@ -99,7 +100,7 @@ class _Tracer:
     def _read(self, step: Step, values: Sequence[Symbols]) -> list[Symbols]:
         """What a step reads, as fine as its result; sums of products are aligned when they are made."""
         fractions = [self.program.steps[i].type.fraction for i in step.inputs]
-        align = step.op in ("add", "concat", "clamp")
+        align = step.op in ("add", "bias", "concat", "clamp")
         shifts = [step.fraction - f if align else 0 for f in fractions]
         return [values[i] * 2**n for i, n in zip(step.inputs, shifts, strict=True)]
 
@@ -139,7 +140,7 @@ class _Tracer:
         fraction = self.program.steps[step.inputs[0]].type.fraction + step.weight.type.fraction
         sums = sums * 2 ** (step.fraction - fraction)
         if step.bias is not None:
-            sums = sums + (step.bias.codes << step.fraction - step.bias.type.fraction).numpy().astype(object)
+            sums = sums + _at(step)
         positions = step.shape[1:] if step.op == "conv" else step.shape[:-1]
         return sums.reshape(*positions, -1)
 
@@ -191,6 +192,12 @@ def _fresh(step: Step) -> Symbols:
     kind = step.type
     made = [FixedVariable(kind.qmin, kind.qmax, 1, hwconf=HARDWARE) for _ in range(math.prod(step.shape))]
     return _array(made).reshape(step.shape)
+
+
+def _at(step: Step) -> NDArray[Any]:
+    """Codes of a bias, as fine as the result of its step."""
+    assert step.bias is not None
+    return (step.bias.codes << step.fraction - step.bias.type.fraction).numpy().astype(object)
 
 
 def _array(symbols: Sequence[Symbol]) -> Symbols:
