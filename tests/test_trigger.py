@@ -35,7 +35,7 @@ def test_from_a_table_to_a_proven_project(classes: tuple[str, ...], columns: int
     for package in ("hls4ml", "da4ml", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"trigger.py needs {package}; install lowbit[fpga,plot]")
-    write_table(tmp_path / "table.csv", classes, columns, 600)
+    write_table(tmp_path / "table.csv", classes, columns, 3000)
     arguments = [
         str(tmp_path / "table.csv"),
         "--epochs",

@@ -111,8 +111,13 @@ def preset(
 
 def _fixed(bits: int, observer: str, where: Any, estimator: str) -> Recipe:
     """Powers of two everywhere; hardware has one type for a tensor, so by default one scale too."""
+    if isinstance(where, int):
+        raise LowbitError(
+            f"weight_granularity={where}: in hardware no group of weights has a scale of its own; use "
+            "'tensor'"
+        )
     code = QuantSpec(bits=bits, scale="pow2")
-    weight = replace(code, granularity=PerTensor() if where == "channel" else _granularity(where))
+    weight = replace(code, granularity=PerTensor())
     rule = Rule(weight=weight, activation=code, observer=observer, estimator=estimator)
     return Recipe(rules=(rule,), equalize=True, refine=("bias_correct",))
 

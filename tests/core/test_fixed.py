@@ -147,3 +147,13 @@ def test_powers_of_two(scale: float) -> None:
 
 def test_alignment_is_a_shift() -> None:
     assert align(torch.tensor([3, -5]), 4).tolist() == [48, -80]
+
+
+def test_far_shifts_and_infinity() -> None:
+    far = FixedPoint(8, 8, rounding="half_even", overflow="saturate")
+    assert cast(torch.tensor([-1, 1]), 62, far).tolist() == [0, 0]
+    fine = FixedPoint(8, -22, overflow="saturate")
+    assert cast(torch.tensor([1 << 40, -(1 << 40)]), 0, fine).tolist() == [127, -128]
+    assert from_real(torch.tensor([float("inf")]), far).item() == 127
+    with pytest.raises(LowbitError, match="infinite"):
+        from_real(torch.tensor([float("inf")]), FixedPoint(8, 3))

@@ -254,6 +254,35 @@ def test_what_hardware_lacks_is_refused_with_its_name() -> None:
     assert "'0' has weights in float" in refused(mlp(), (6,), first)
 
 
+@pytest.mark.parametrize("padding", [1, (1, 1)])
+def test_padded_max_pooling_is_refused(padding: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.MaxPool2d(3, 1, padding), nn.Conv2d(2, 1, 1))
+    assert "padding" in refused(model, (1, 8, 8))
+
+
+def test_a_bias_of_zero_leaves_the_weights_alone() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(64, 6)
+    with torch.no_grad():
+        model[0].bias[3] = 0.0
+        model[0].weight[3] = 0.0
+    q = lowbit.quantize(model, "fixed8", calibration=[x])
+    assert (q(x) - model(x)).abs().max() < 0.1
+    assert torch.equal(lower(q).real(lower(q).run(x))[0].float(), q(x))
+
+
+def test_other_results_than_tensors_are_refused() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.last(x)}
+
+    assert "returns more than tensors" in refused(Named(), (6,))
+
+
 def test_other_inputs_are_refused() -> None:
     q, _ = quantized("mlp")
     with pytest.raises(
@@ -266,6 +295,8 @@ def test_other_inputs_are_refused() -> None:
         lower(lowbit.prepare(mlp(), "fixed8", torch.randn(2, 6)))
 
 
-def test_an_empty_batch_has_no_results() -> None:
-    q, x = quantized("mlp")
-    assert lower(q).run(x[:0])[0].shape == (0, 3)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_empty_batch_has_no_results(name: str) -> None:
+    q, x = quantized(name)
+    program = lower(q)
+    assert program.run(x[:0])[0].shape == (0, *program.steps[-1].shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -24,24 +23,23 @@ def calibrated(spec: QuantSpec, *, weight: bool = False) -> Quantizer:
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("fraction", [-2.0, 0.4, 3.6, 7.0])
-def test_an_activation_is_rounded_to_a_type(signed: bool, fraction: float) -> None:
-    """The place of the first bit stays, and the last one moves."""
-    spec = QuantSpec(bits=8, signed=signed, scale="pow2")
+@pytest.mark.parametrize("rounding", ["half_even", "half_up", "floor"])
+def test_an_activation_is_rounded_to_a_type(signed: bool, fraction: float, rounding: str) -> None:
+    """The place of the first bit stays, and the last one moves; a bit is always left."""
+    spec = QuantSpec(bits=8, signed=signed, scale="pow2", rounding=rounding)  # type: ignore[arg-type]
     quantizer = WidthQuantizer.of(calibrated(spec), (1,))
     quantizer.fraction.data.fill_(fraction)  # type: ignore[union-attr]
     integer = FixedPoint.of(spec, quantizer.scale).integer
     x = torch.linspace(-3, 3, 1001)[:, None]
-    width = integer + round(fraction)
+    width = max(integer + round(fraction), 1 + int(signed))
     with torch.no_grad():
         y = quantizer(x)
-    if width >= 1 + int(signed):
-        to = FixedPoint(width, integer, signed, "half_even", "saturate")
-        assert torch.equal(y, to_real(from_real(x, to), to.fraction).float())
-        settled = copy.deepcopy(quantizer)
-        settled.settle()
-        assert settled.spec.bits == width
-        assert torch.equal(settled(x), y)
-    assert quantizer.bits().item() == max(width, 0)
+    to = FixedPoint(width, integer, signed, rounding, "saturate")  # type: ignore[arg-type]
+    assert torch.equal(y, to_real(from_real(x, to), to.fraction).float())
+    assert quantizer.bits().item() == width
+    quantizer.settle()
+    assert quantizer.spec.bits == width
+    assert torch.equal(quantizer(x), y)
 
 
 def test_gradients() -> None:
@@ -110,6 +108,11 @@ def test_it_needs_a_calibrated_power_of_two() -> None:
         WidthQuantizer.of(Quantizer(QuantSpec(bits=8, scale="pow2")), (1,))
     with pytest.raises(LowbitError, match="no shift"):
         WidthQuantizer.of(calibrated(QuantSpec(bits=8)), (1,))
+    with pytest.raises(LowbitError, match="saturate"):
+        WidthQuantizer.of(calibrated(QuantSpec(bits=8, scale="pow2", overflow="wrap")), (1,))
+    learned = WidthQuantizer.of(calibrated(QuantSpec(bits=8, scale="pow2")), (1,))
+    with pytest.raises(LowbitError, match="learned already"):
+        WidthQuantizer.of(learned, (1,))
     grown = WidthQuantizer.of(calibrated(QuantSpec(bits=8, scale="pow2"), weight=True), (1, 1))
     assert isinstance(grown.fraction, nn.Parameter)
     grown.fraction.data.fill_(20.0)

@@ -83,7 +83,9 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
 
 
 def power_of_two(scale: Tensor, to: Literal["above", "nearest"] = "above") -> Tensor:
-    """The next power of two from each positive scale up, so that nothing is clipped; a power of two stays.
+    """The next power of two from each scale up, so that nothing is clipped; a power of two stays.
+
+    Of zero it is 1, as a scale of nothing is.
 
     Args:
         to: "nearest": the one of the nearest logarithm, half way up from sqrt(1/2) of it.

@@ -108,7 +108,7 @@ class FixedPoint:
 
     @classmethod
     def parse(cls, text: str) -> FixedPoint:
-        """Inverse of `str`; a leading `ap_` and blanks are let pass.
+        """From the name that `str` gives; a leading `ap_` and blanks are let pass.
 
         Raises:
             LowbitError: not the name of such a type.
@@ -131,7 +131,7 @@ class FixedPoint:
         """How a quantizer rounds to it; the place of the point is the scale.
 
         Raises:
-            LowbitError: more than 16 bits.
+            LowbitError: a width that a spec does not have, such as 17 bits, or one signed bit.
         """
         return QuantSpec(
             bits=self.width,
@@ -192,7 +192,7 @@ def fixed(
 
 
 def _is_whole(text: str) -> bool:
-    return text.removeprefix("-").isdigit()
+    return text.removeprefix("-").isdecimal()
 
 
 def exponent_of(scale: Tensor | float) -> int:
@@ -221,16 +221,21 @@ def align(codes: Tensor, shift: int) -> Tensor:
 def cast(codes: Tensor, fraction: int, to: FixedPoint) -> Tensor:
     """int64 codes with so many bits behind the point as codes of another type, by shifts and comparisons."""
     shift = fraction - to.fraction
-    codes = align(codes, -shift) if shift <= 0 else _shift_right(codes, shift, to.rounding)
+    if shift > 0:
+        codes = _shift_right(codes, min(shift, MAX_WIDTH), to.rounding)
+    elif to.overflow == "wrap":
+        codes = align(codes, -shift)
+    else:  # no further than 64 bits go
+        shift = min(-shift, MAX_WIDTH)
+        codes = align(codes.clamp(-(1 << MAX_WIDTH - shift), 1 << MAX_WIDTH - shift), shift)
     return wrapped(codes, to.qmin, to.width) if to.overflow == "wrap" else codes.clamp(to.qmin, to.qmax)
 
 
 def _shift_right(codes: Tensor, shift: int, rounding: Rounding) -> Tensor:
-    shift = min(shift, MAX_WIDTH)
     below = codes >> shift
     if rounding == "floor":
         return below
-    rest, half = codes - (below << shift if shift < MAX_WIDTH else 0), 1 << shift - 1
+    rest, half = codes - (below << shift), 1 << shift - 1
     up = rest >= half if rounding == "half_up" else (rest > half) | ((rest == half) & (below & 1 == 1))
     return below + up.long()
 
@@ -242,9 +247,9 @@ def from_real(x: Tensor, to: FixedPoint, *, clip: bool = True) -> Tensor:
         clip: else what the type has no code for is left as it is.
 
     Raises:
-        LowbitError: NaN.
+        LowbitError: NaN; infinity, where it cannot saturate.
     """
-    if torch.isnan(x).any():
+    if torch.isnan(x).any() or to.overflow == "wrap":
         check_finite(x)
     codes = round_codes(torch.ldexp(x.double(), torch.tensor(to.fraction)), to.rounding)
     if not clip:

@@ -220,8 +220,13 @@ class KL(HistogramObserver):
 
 @observers.register("mse")
 class MSE(HistogramObserver):
-    """The range of least squared error under the spec, clipping weighed against rounding."""
+    """The range of least squared error under the spec, clipping weighed against rounding.
+
+    Where codes wrap it is the whole range: what is not clipped but wraps is worth no finer step.
+    """
 
     def _choose(self, counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        if self.spec.overflow == "wrap":
+            return lo, hi
         error = ranges.histogram_error(counts, edges, self.spec)
         return ranges.least_error_range(error, lo, hi, self.spec)

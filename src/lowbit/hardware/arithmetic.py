@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,13 +37,10 @@ class Operation:
 def _layer(sums: Callable[[Step, Tensor, Tensor], Tensor]) -> Operation:
     def run(step: Step, read: Sequence[Operand]) -> Tensor:
         assert step.weight is not None
-        (x, fraction), weight = read[0], step.weight
-        total = sums(step, x, weight.codes)
-        # a bias may be finer than the sums
-        total = align(total, step.fraction - fraction - weight.type.fraction)
+        total = sums(step, read[0][0], step.weight.codes)
         if step.bias is None:
             return total
-        bias = align(step.bias.codes, step.fraction - step.bias.type.fraction)
+        bias = step.bias.codes
         return total + (bias.reshape(-1, *[1] * (total.ndim - 2)) if step.op == "conv" else bias)
 
     return Operation(run)
@@ -58,7 +56,8 @@ def _conv_sums(step: Step, x: Tensor, weight: Tensor) -> Tensor:
     groups, n, positions = step.settings["groups"], len(x), found.shape[2 : 2 + len(step.shape) - 1]
     # [n, groups, positions, inputs of a group * kernel]
     dims = len(positions)
-    patches = found.movedim(1, 1 + dims).reshape(n, -1, groups, weight[0].numel())
+    count = math.prod(positions)
+    patches = found.movedim(1, 1 + dims).reshape(n, count, groups, weight[0].numel())
     of_groups = weight.reshape(groups, -1, weight[0].numel())
     sums = torch.einsum("npgk,gok->ngop", patches, of_groups)
     return sums.reshape(n, len(weight), *positions)
@@ -175,7 +174,7 @@ OPERATIONS: dict[str, Operation] = {
     "add": Operation(_add, _add_bounds),
     "bias": Operation(_shifted, _shifted_bounds),
     "concat": Operation(_concat, _concat_bounds),
-    "reshape": Operation(lambda step, read: read[0][0].reshape(-1, *step.shape), _as_read),
+    "reshape": Operation(lambda step, read: read[0][0].reshape(len(read[0][0]), *step.shape), _as_read),
     "transpose": Operation(lambda step, read: read[0][0].permute(0, *step.settings["axes"]), _as_read),
     "cast": Operation(lambda _, read: read[0][0], _as_read),
 }

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.core.fixed import MAX_WIDTH, FixedPoint, align, cast, exponent_of, from_real, to_real
+from lowbit.core.fixed import MAX_WIDTH, FixedPoint, cast, exponent_of, from_real, to_real
 from lowbit.core.spec import expand_to
 from lowbit.errors import LowbitError, expect
 from lowbit.graph.match import is_global_pool
@@ -75,6 +75,11 @@ class _Lowering:
                 self.at[node] = self.kinds.get(kind_of(node), self._refuse)(node)
             else:
                 results = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
+                if not all(isinstance(n, fx.Node) and n in self.at for n in results):
+                    raise LowbitError(
+                        "the network returns more than tensors, and hardware has wires alone; return a "
+                        "tensor, or a tuple of them"
+                    )
                 self._check_inputs()
                 return Program(tuple(self.steps), tuple(self.at[n] for n in results))
         raise AssertionError("a graph has an output")
@@ -161,11 +166,7 @@ class _Lowering:
         low, high, fraction = self._bounds(at)
         fine = fraction + weight.type.fraction
         bias = None if layer.bias is None else _bias(layer.bias.detach(), fine, name)
-        if bias is not None:
-            fine = max(fine, bias.type.fraction)
-        shifted = None if bias is None else align(bias.codes, fine - bias.type.fraction)
-        spread = fine - fraction - weight.type.fraction
-        low, high = weighted_bounds(align(weight.codes, spread), shifted, low, high)
+        low, high = weighted_bounds(weight.codes, None if bias is None else bias.codes, low, high)
         op, settings = ("dense", {}) if isinstance(layer, QLinear) else ("conv", _conv_settings(layer, name))
         step = Step(name, op, (at,), _shape(node), _BIT, weight=weight, bias=bias, settings=settings)
         return self._append(_exact(step, (low, high, fine)))
@@ -178,7 +179,8 @@ class _Lowering:
         fraction = max([self._bounds(at)[2], *(_bits_behind(end) for end in ends)])
         if fraction > 30:
             raise LowbitError(
-                f"'{_name(node)}' clamps to {low:g} and {high:g}, which are no short fixed-point numbers"
+                f"'{_name(node)}' clamps to {low:g} and {high:g}, which take more than 30 bits behind "
+                "the point; clamp to numbers such as 0.25"
             )
         least, most = (math.ldexp(end, fraction) for end in (low, high))
         codes = (-(1 << 62) if low == -math.inf else int(least), 1 << 62 if high == math.inf else int(most))
@@ -268,13 +270,9 @@ class _Lowering:
         dims = node.meta["value"].ndim - 2
         kernel = _each(given["kernel_size"], dims)
         stride = _each(given.get("stride") or kernel, dims)
-        unusual = {name: given.get(name) for name in _POOL[2:]}
-        plain = (None, 0, 1, False, (0,) * dims, (1,) * dims)
-        if (
-            any(value not in plain for value in unusual.values())
-            or unusual["padding"] == 1
-            or unusual["dilation"] == 0
-        ):
+        padded = any(_each(given.get("padding", 0), dims))
+        spread = set(_each(given.get("dilation", 1), dims)) != {1}
+        if padded or spread or given.get("ceil_mode") or given.get("return_indices"):
             raise LowbitError(
                 f"'{_name(node)}': max pooling in hardware has no padding, dilation or rounding up; drop them"
             )
@@ -337,13 +335,13 @@ def _weight(layer: nn.Module, name: str) -> Constant:
 
 
 def _bias(bias: Tensor, fraction: int, name: str) -> Constant:
-    """Codes of a bias, as fine as the sums or as few bits finer as it takes."""
+    """Codes of a bias, as fine as the sums that it is added to."""
     wide = FixedPoint(MAX_WIDTH, MAX_WIDTH - fraction, rounding="half_even", overflow="saturate")
     codes = from_real(bias, wide)
     if not torch.equal(to_real(codes, fraction), bias.double()):
         raise LowbitError(
-            f"bias of '{name}' is no multiple of 2^{-fraction}, the step of its sums; freeze the model "
-            "again, or give a layer that is called several times one input scale"
+            f"bias of '{name}' is no multiple of 2^{-fraction}, the step of its sums; give a layer that "
+            "is called several times bias=False, or a copy for each call"
         )
     held = FixedPoint.holding(int(codes.min()), int(codes.max()), fraction)
     return Constant(codes, FixedPoint(held.width, held.integer, held.signed, "half_even", "saturate"))

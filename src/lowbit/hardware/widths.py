@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from lowbit.nn.widths import Per, WidthQuantizer
 from lowbit.ptq import freeze
 from lowbit.qat import Trainer
 from lowbit.tables import text_table
+from lowbit.training.batches import check_data, split
+from lowbit.training.evaluate import Score, evaluate
 from lowbit.training.record import Epoch
 
 __all__ = ["Front", "Point", "learn_widths"]
@@ -37,11 +39,11 @@ __all__ = ["Front", "Point", "learn_widths"]
 
 @dataclass(frozen=True)
 class Point:
-    """A network on the way: what it costs, and how good it is on the validation data."""
+    """A frozen network on the way: what it costs, and how good it is on the validation data."""
 
     epoch: int
     ebops: int
-    metric: float | None
+    metric: float
     loss: float | None
     # mean bits that a weight, and an activation, pays for
     weight_bits: float
@@ -62,8 +64,8 @@ class Front:
     def best(self) -> tuple[Point, ...]:
         """The front: cheapest first, each better than all that are cheaper."""
         found: list[Point] = []
-        for point in sorted(self.points, key=lambda p: (p.ebops, -_value(p))):
-            if not found or _value(point) > _value(found[-1]):
+        for point in sorted(self.points, key=lambda p: (p.ebops, -p.metric)):
+            if not found or point.metric > found[-1].metric:
                 found.append(point)
         return tuple(found)
 
@@ -74,9 +76,9 @@ class Front:
             LowbitError: none does.
         """
         for point in self.best:
-            if _value(point) >= metric:
+            if point.metric >= metric:
                 return point
-        most = max((_value(p) for p in self.points), default=-math.inf)
+        most = max((p.metric for p in self.points), default=-math.inf)
         raise LowbitError(
             f"no epoch reaches {metric:g}; the best has {most:g}: lower the strength, or train on"
         )
@@ -102,7 +104,7 @@ class Front:
             (
                 str(p.epoch),
                 f"{p.ebops:,}",
-                "" if p.metric is None else f"{p.metric:.4f}",
+                f"{p.metric:.4f}",
                 f"{p.weight_bits:.2f}",
                 f"{p.activation_bits:.2f}",
                 f"{p.pruned:.0%}",
@@ -111,13 +113,6 @@ class Front:
             for p in self.points
         ]
         return text_table(header, rows)
-
-
-def _value(point: Point) -> float:
-    """Larger is better."""
-    if point.metric is not None:
-        return point.metric
-    return -math.inf if point.loss is None else -point.loss
 
 
 def learn_widths(
@@ -144,23 +139,63 @@ def learn_widths(
         LowbitError: what `Trainer` raises; a model that has no fixed-point form.
     """
     expect(q, QuantizedModel, "q", "make it with lowbit.prepare(model, 'fixed8', example)")
-    first, last = strength
-    if not 0 < first <= last:
-        raise LowbitError(f"strength={strength} does not rise from above zero; write (0.01, 1.0), say")
-    if weights not in ("element", "channel", "tensor"):
-        raise LowbitError(f"weights='{weights}' is unknown; use 'element', 'channel' or 'tensor'")
+    _check(weights, strength, settings)
+    check_data(val, "val")
+    lower(freeze(copy.deepcopy(q)))  # what hardware lacks is known before a step is made
+    first, last = (float(s) for s in strength)
     pairs = _with_widths(q, weights)
     start = float(_cost(pairs).detach())
+    if not start:
+        raise LowbitError("all weights are zero, so no width costs anything; train the network first")
 
     def penalty() -> Tensor:
         progress = pairs[0].source.progress
         share = 0.0 if progress is None else float(progress)
         return first * (last / first) ** share * _cost(pairs) / start
 
-    keeper = _Keeper(q, None if out is None else Path(out))
-    settings = {"penalty": penalty, "on_epoch": keeper.keep, "out": out, **settings}
-    Trainer(q, train, val, **settings).fit()
-    return Front(tuple(keeper.points), keeper.models if keeper.folder is None else keeper.folder)
+    folder = None if out is None else _folder(Path(out), [first, last], weights, start)
+    keeper = _Keeper(q, folder, settings.pop("on_epoch", None))
+    trainer = Trainer(q, train, val, penalty=penalty, on_epoch=keeper.keep, out=out, **settings)
+    keeper.judge = lambda model: evaluate(model, map(split, val), trainer.settings, trainer.objective)
+    trainer.fit()
+    return Front(tuple(keeper.points), keeper.models if folder is None else folder)
+
+
+def _check(weights: str, strength: Any, settings: dict[str, Any]) -> None:
+    if weights not in ("element", "channel", "tensor"):
+        raise LowbitError(f"weights='{weights}' is unknown; use 'element', 'channel' or 'tensor'")
+    try:
+        first, last = (float(s) for s in strength)
+    except (TypeError, ValueError):
+        first, last = math.nan, math.nan
+    if not 0 < first <= last < math.inf:
+        raise LowbitError(f"strength={strength!r} does not rise from above zero; write (0.01, 1.0), say")
+    for name in ("penalty", "bits"):
+        if settings.get(name):
+            raise LowbitError(f"{name}= is what learn_widths decides itself; leave it out")
+
+
+def _folder(folder: Path, strength: list[float], weights: Per, start: float) -> Path:
+    """The folder of the run, if no other run is in it.
+
+    Raises:
+        LowbitError: there is, or it cannot be made.
+    """
+    path = folder / "widths.json"
+    mine = {"strength": strength, "weights": weights, "start": start}
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if theirs != mine:
+            raise LowbitError(
+                f"'{folder}' holds a run with {theirs}, and this one has {mine}; name another out"
+            )
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(mine), encoding="utf-8")
+    except OSError as error:
+        raise LowbitError(f"out='{folder}' is no folder to write to: {error.strerror or error}") from None
+    return folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,11 +227,11 @@ def _with_widths(q: QuantizedModel, per: Per) -> list[_Pair]:
             ndim, axis = module.weight.ndim, module.channel_axis
             sizes = {"tensor": [1] * ndim, "element": [*module.weight.shape]}
             sizes["channel"] = [n if d == axis else 1 for d, n in enumerate(module.weight.shape)]
-            module.weight_quantizer = WidthQuantizer.of(module.weight_quantizer, tuple(sizes[per]))
+            module.weight_quantizer = _with_width(path, module.weight_quantizer, tuple(sizes[per]))
             found[id(module.weight_quantizer)] = module.weight_quantizer
         elif isinstance(module, Quantizer) and not module.is_weight and module.mode == "quantize":
             if id(module) not in found:
-                found[id(module)] = WidthQuantizer.of(module, (1,))
+                found[id(module)] = _with_width(path, module, (1,))
             swap(q.graph, path, found[id(module)])
     pairs = []
     for node in layer_nodes(q.graph):
@@ -212,6 +247,13 @@ def _with_widths(q: QuantizedModel, per: Per) -> list[_Pair]:
     return pairs
 
 
+def _with_width(path: str, quantizer: Quantizer, shape: tuple[int, ...]) -> WidthQuantizer:
+    try:
+        return WidthQuantizer.of(quantizer, shape)
+    except LowbitError as error:
+        raise LowbitError(f"'{path}': {error}") from None
+
+
 def _positions(node: fx.Node) -> int:
     shape = node.meta["value"].shape
     return math.prod(shape[1:-1] if isinstance(module_of(node), nn.Linear) else shape[2:])
@@ -220,8 +262,12 @@ def _positions(node: fx.Node) -> int:
 class _Keeper:
     """Freezes, counts and keeps the network after each epoch."""
 
-    def __init__(self, q: QuantizedModel, folder: Path | None) -> None:
-        self.q, self.folder = q, folder
+    # how good a frozen model is
+    judge: Callable[[QuantizedModel], Score]
+
+    def __init__(self, q: QuantizedModel, folder: Path | None, also: Callable[[Epoch], None] | None) -> None:
+        """`also` is told of each epoch, too."""
+        self.q, self.folder, self.also = q, folder, also
         self.points: list[Point] = []
         self.models: dict[int, QuantizedModel] = {}
         if folder is not None and (folder / "front.jsonl").exists():
@@ -230,7 +276,7 @@ class _Keeper:
 
     def keep(self, epoch: Epoch) -> None:
         frozen = freeze(copy.deepcopy(self.q))
-        program = lower(frozen)
+        program, score = lower(frozen), self.judge(frozen)
         weights = [step.weight.codes for step in program.steps if step.weight is not None]
         count = sum(codes.numel() for codes in weights)
         cost = ebops(program)
@@ -242,14 +288,16 @@ class _Keeper:
         point = Point(
             epoch=epoch.epoch,
             ebops=sum(cost.values()),
-            metric=epoch.metric,
-            loss=epoch.val_loss,
+            metric=score.metric,
+            loss=score.loss,
             weight_bits=bits,
             activation_bits=sum(width * n for width, n in reads) / max(1, macs),
             pruned=sum(int((codes == 0).sum()) for codes in weights) / max(1, count),
         )
         # an epoch that was done before the run was killed, and is done again
         self.points = [p for p in self.points if p.epoch < point.epoch] + [point]
+        if self.also is not None:
+            self.also(epoch)
         if self.folder is None:
             self.models[point.epoch] = frozen
             return

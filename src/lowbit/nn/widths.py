@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowbit.core.affine import round_codes
 from lowbit.core.fixed import FixedPoint
 from lowbit.core.qtensor import QTensor
 from lowbit.errors import LowbitError
@@ -49,6 +50,13 @@ class WidthQuantizer(Quantizer):
         if not old.ready or old.mode != "quantize":
             raise LowbitError(
                 "a width is learned from a calibrated one; call lowbit.calibrate(q, data) first"
+            )
+        if isinstance(old, WidthQuantizer):
+            raise LowbitError("its width is learned already; freeze the model, or prepare it anew")
+        if old.spec.overflow == "wrap" or old.spec.narrow:
+            raise LowbitError(
+                f"{old.spec}: learned widths saturate and use every code; leave overflow and narrow at "
+                "their defaults"
             )
         now = FixedPoint.of(old.spec, old.scale)
         made = cls(old.spec, None if old.is_weight else "minmax", old.estimator, old.weight_observer)
@@ -98,11 +106,9 @@ class WidthQuantizer(Quantizer):
         the width of its type.
         """
         assert self.fraction is not None
-        whole = self.fraction + (self.fraction.round() - self.fraction).detach()
+        whole = self.fraction + (self._whole() - self.fraction).detach()
         if x is None:
-            assert self.ends is not None
-            integer = math.log2(float(self.ends[1])) + int(self.spec.signed)
-            return (integer + whole).clamp(min=0)
+            return self._integer + whole
         highest = torch.frexp(x.detach())[1].float()
         return torch.where(x.detach() == 0, 0.0, (highest + whole).clamp(min=0))
 
@@ -118,14 +124,32 @@ class WidthQuantizer(Quantizer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         saved = state_dict.get(f"{prefix}fraction")
-        if saved is not None and self.fraction is not None:
+        if saved is None or self.fraction is None:
+            return
+        if saved.shape == self.fraction.shape:
             self.fraction.data = saved.detach().clone().to(self.fraction)
+        else:
+            rest[-1].append(f"{prefix}fraction is {[*saved.shape]} there and {[*self.fraction.shape]} here")
+
+    def _whole(self) -> Tensor:
+        """The fraction as it is used; an activation keeps its sign and a bit."""
+        assert self.fraction is not None
+        whole = self.fraction.detach().round()
+        if self.ends is None:
+            return whole
+        return whole.clamp(min=1 + int(self.spec.signed) - self._integer)
+
+    @property
+    def _integer(self) -> int:
+        """Bits before the point of an activation, the sign among them."""
+        assert self.ends is not None
+        return round(math.log2(float(self.ends[1]))) + int(self.spec.signed)
 
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The values, and where they are not clipped."""
         assert self.fraction is not None
-        step = torch.exp2(-self.fraction.detach().round())
-        y = torch.round(x / step) * step
+        step = torch.exp2(-self._whole())
+        y = round_codes(x / step, self.spec.rounding) * step
         if self.ends is None:
             return y, torch.ones_like(x, dtype=torch.bool)
         low, high = self.ends[0], self.ends[1] - step
@@ -134,11 +158,9 @@ class WidthQuantizer(Quantizer):
     def _type(self, values: Tensor | None) -> FixedPoint:
         """Of an activation from its fraction; of a weight the narrowest that holds its rounded values."""
         assert self.fraction is not None
-        finest = int(self.fraction.detach().round().max())
+        finest = int(self._whole().max())
         if self.ends is not None:
-            integer = round(math.log2(float(self.ends[1]))) + int(self.spec.signed)
-            width = max(integer + finest, 1 + int(self.spec.signed))
-            return FixedPoint(width, integer, self.spec.signed)
+            return FixedPoint(self._integer + finest, self._integer, self.spec.signed)
         assert values is not None
         codes = torch.ldexp(values.double(), torch.tensor(finest)).long()
         used = codes[codes != 0]

@@ -49,7 +49,7 @@ def _settle(layer: QLayer, source: Quantizer, *, once: bool, signs: bool) -> Non
     step = source.scale.reshape(()) / (1 << spare)
     need = bias.abs() / (step * 2.0**30)
     if quantizer.spec.scale == "pow2":
-        need = power_of_two(need)
+        need = torch.where(need > 0, power_of_two(need), 0.0)
     if quantizer.scale.numel() != bias.numel():
         quantizer.scale = torch.maximum(quantizer.scale, need.max())
     else:

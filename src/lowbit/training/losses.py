@@ -115,7 +115,12 @@ class Objective:
     def in_training(self, output: Any, labels: Any, taught: Any) -> Tensor:
         """The same with the penalty, which evaluation leaves out."""
         loss = self(output, labels, taught)
-        return loss if self.settings.penalty is None else loss + self.settings.penalty()
+        if self.settings.penalty is None:
+            return loss
+        cost = self.settings.penalty()
+        if not isinstance(cost, Tensor) or cost.numel() != 1:
+            raise LowbitError(f"penalty() returned {cost!r}; return a tensor of one number")
+        return loss + cost.reshape(())
 
     def task(self, output: Any, labels: Any) -> Tensor:
         """The loss alone.
