@@ -235,20 +235,24 @@ def magic(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
         uniform[bits], accuracy[bits] = row["EBOPs"], row["accuracy %"]
         progress(f"{bits} bits: {accuracy[bits]:.2f} %")
     q = at_bits(model, half_up(lowbit.preset("fixed8")), data)
-    val = list(zip(data.x_test.split(1024), data.y_test.split(1024), strict=True))
     settings = {"epochs": options.epochs, "lr": 1e-3, "schedule": "constant", "strength": (0.03, 1.0)}
     out = options.out / f"magic-{seed}"
-    front = learn_widths(q, data, val, weights=options.weights, out=out, seed=seed, **settings)
+    front = learn_widths(q, data, data.val, weights=options.weights, out=out, seed=seed, **settings)
     (out / "front.txt").write_text(str(front))
-    near = [p for p in front.best if 100 * (p.metric or 0) >= whole["accuracy %"] - 0.5]
+    chosen = front.cheapest(data.val_accuracy(model) - 0.005)
     shown = [front.best[k * (len(front.best) - 1) // 4] for k in range(5)]
-    cells = []
-    for point in dict.fromkeys([*near[:1], *shown]):
+    cells, below = [], 0.0
+    for point in dict.fromkeys([chosen, *shown]):
         row = measured(front.model(point, model), data, options.cells)
+        mark = " (chosen)" if point is chosen else ""
         table.add(
-            network=f"learned bits, epoch {point.epoch}", **row, **{"zero weights %": 100 * point.pruned}
+            network=f"learned bits, epoch {point.epoch}{mark}",
+            **row,
+            **{"zero weights %": 100 * point.pruned},
         )
         cells.append((row["EBOPs"], row.get("yosys LUT")))
+        below = whole["accuracy %"] - row["accuracy %"] if point is chosen else below
+    ratio = chosen.ebops / uniform[6]
     claims = [
         Claim(
             claim="6 bits trained, points below float",
@@ -256,12 +260,8 @@ def magic(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
             bound=0.3,
             at_most=True,
         ),
-        Claim(
-            claim="EBOPs of learned bits within 0.5 points of float, over those of 6 bits",
-            measured=near[0].ebops / uniform[6] if near else float("inf"),
-            bound=1 / 3,
-            at_most=True,
-        ),
+        Claim(claim="learned bits, points below float", measured=below, bound=0.5, at_most=True),
+        Claim(claim="their EBOPs over those of 6 bits", measured=ratio, bound=1 / 3, at_most=True),
     ]
     if options.cells:
         pair = torch.tensor([[float(a), float(b)] for a, b in cells]).t()

@@ -41,6 +41,9 @@ class Data:
 
     x: Tensor
     y: Tensor
+    # a fifth of the training set, which judges the front: the test set chooses nothing
+    x_val: Tensor
+    y_val: Tensor
     x_test: Tensor
     y_test: Tensor
     classes: tuple[str, ...]
@@ -93,17 +96,17 @@ def fetch_openml(name: str) -> tuple[Tensor, list[str]]:
 
 def prepare_data(options: argparse.Namespace) -> Data:
     x, labels = fetch_openml(options.openml) if options.openml else read_table(options.table)
-    if options.test is not None:
-        x_test, labels_test = read_table(options.test)
-    else:
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).tolist()
-        cut = len(x) // 5
-        x_test, labels_test = x[order[:cut]], [labels[i] for i in order[:cut]]
-        x, labels = x[order[cut:]], [labels[i] for i in order[cut:]]
     classes = tuple(sorted(set(labels)))
+    order, part = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)), len(x) // 5
+    x, y = x[order], torch.tensor([classes.index(c) for c in labels])[order]
+    if options.test is not None:
+        x_test, labels = read_table(options.test)
+        y_test = torch.tensor([classes.index(c) for c in labels])
+    else:
+        x_test, y_test, x, y = x[:part], y[:part], x[part:], y[part:]
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-9)
-    y, y_test = (torch.tensor([classes.index(c) for c in part]) for part in (labels, labels_test))
-    return Data((x - mean) / deviation, y, (x_test - mean) / deviation, y_test, classes)
+    x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
+    return Data(x[part:], y[part:], x[:part], y[:part], x_test, y_test, classes)
 
 
 def network(inputs: int, classes: int) -> nn.Module:
@@ -158,17 +161,17 @@ def recipe(bits: int) -> lowbit.Recipe:
 
 def learn(model: nn.Module, data: Data, epochs: int, out: Path) -> Front:
     q = lowbit.calibrate(lowbit.prepare(model, recipe(8), data.x[:BATCH]), [data.x[:2048]])
-    val = list(zip(data.x_test.split(1024), data.y_test.split(1024), strict=True))
+    val = list(zip(data.x_val.split(1024), data.y_val.split(1024), strict=True))
     settings = {"epochs": epochs, "lr": 1e-3, "schedule": "constant", "strength": (0.01, 1.0)}
     return learn_widths(q, Batches(data.x, data.y), val, out=out / "learned", **settings)
 
 
 def with_cells(found: Score, q: lowbit.model.QuantizedModel, folder: Path) -> Score:
     """Verilog in a folder, and the cells that yosys makes of it."""
-    project = lowbit.export.verilog(q, folder)
     if shutil.which("yosys") is None:
         print("yosys is not there, so no cells are counted; install package yosys")
         return found
+    project = lowbit.export.verilog(q, folder)
     cells = count(project).cells
     return Score(**{**asdict(found), "yosys_lut": cells.lut, "yosys_ff": cells.ff})
 
@@ -194,8 +197,8 @@ def plot(scores: Sequence[Score], front: Front, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    points = [(p.ebops, p.metric) for p in front.best if p.metric is not None]
-    axes.plot(*zip(*points, strict=True), "o-", label="learned bits")
+    points = [(p.ebops, p.metric) for p in front.best]
+    axes.plot(*zip(*points, strict=True), "o-", label="learned bits, validation")
     fixed = [s for s in scores if s.ebops and s.name.startswith("fixed")]
     axes.plot([s.ebops for s in fixed], [s.accuracy for s in fixed], "s", label="the same bits everywhere")
     axes.axhline(scores[0].accuracy, color="grey", linestyle="--", label="float")
@@ -240,7 +243,9 @@ def main() -> int:
             print(describe(lower(q), [data.x_test]))
     front = learn(model, data, 2 * options.epochs, options.out)
     print(front)
-    near = [p for p in front.best if p.metric is not None and p.metric >= scores[0].accuracy - 0.005]
+    with torch.no_grad():
+        whole = float((model(data.x_val).argmax(1) == data.y_val).double().mean())
+    near = [p for p in front.best if p.metric >= whole - 0.005]
     chosen = near[0] if near else front.best[-1]
     learned = front.model(chosen, model)
     scores.append(score("learned", learned, data, signal, chosen.ebops))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compilers import quick_compiler
 from hypothesis import settings
+
+__all__ = ["quick_compiler"]
 
 torch.set_num_threads(1)
 settings.register_profile("lowbit", deadline=None, derandomize=True)  # shared machines are slow now and then

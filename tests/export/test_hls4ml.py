@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from lowbit.model import QuantizedModel
 pytest.importorskip("hls4ml", reason="hls4ml is not installed")
 # hls4ml leaves its description open
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in.*hls4ml_config")
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ (package g++)")
 
 
 class Residual(nn.Module):
@@ -74,7 +72,7 @@ def quantized(model: nn.Module, shape: tuple[int, ...], recipe: Any) -> tuple[Qu
     return lowbit.quantize(model.eval(), recipe, calibration=[x[:64]]), x
 
 
-@needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize(
     ("make", "shape", "recipe", "io"),
     [
@@ -117,7 +115,7 @@ def without_order_of_channels(config: dict[str, Any]) -> None:
     config["Model"]["ChannelsLastConversion"] = "off"
 
 
-@needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize(
     ("drop", "recipe"),
     [
@@ -147,7 +145,7 @@ def test_a_dropped_rule_gives_another_network(
     assert not parity.ok
 
 
-@needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_float32_does_not_hold_wide_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule 8: the same project, fed float32, gives rounded results."""
     q, x = quantized(mlp(), (6,), "fixed16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -292,7 +291,7 @@ def test_the_version_that_onnx_writes_is_put_back(tmp_path: Path) -> None:
 # --- hls4ml
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ (package g++)")
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("name", ["mlp, half up", "residual"])
 def test_hls4ml_gives_the_codes_of_the_reference(name: str, tmp_path: Path) -> None:
     pytest.importorskip("hls4ml", reason="hls4ml is not installed")
