@@ -39,7 +39,7 @@ def test_from_a_table_to_a_proven_project(classes: tuple[str, ...], columns: int
     arguments = [
         str(tmp_path / "table.csv"),
         "--epochs",
-        "2",
+        "8",
         "--signal",
         "g",
         "--out",
