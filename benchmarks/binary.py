@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lowbit
-from common import Claim, Table, arguments, progress, report
+from common import Claim, Table, arguments, progress, run_parts
 from lowbit import PerTensor, Recipe, Rule, runtime
 from lowbit.core.estimators import estimators
 from lowbit.export.qdq import write_float
@@ -369,12 +369,7 @@ def main() -> int:
         parser.error("training needs --data, a folder with cifar10/ and models/")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    tables, claims = [], []
-    for part in options.parts:
-        made, held = RUN[part](options)
-        tables += made
-        claims += held
-    return report(tables, claims, as_json=options.json)
+    return run_parts(RUN, options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -76,6 +76,10 @@ class Claim:
         return self.measured <= self.bound if self.at_most else self.measured >= self.bound
 
 
+# one part of a benchmark: its tables and its claims
+Part = Callable[[argparse.Namespace], tuple[list[Table], list[Claim]]]
+
+
 def environment() -> dict[str, Cell]:
     """The processor, its integer instructions and the versions of everything that is measured."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -121,6 +125,17 @@ _STARTED = time.perf_counter()
 def progress(text: str) -> None:
     """One line on stderr, so that long work is seen and stdout stays clean."""
     print(f"[{time.perf_counter() - _STARTED:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def run_parts(run: Mapping[str, Part], options: argparse.Namespace) -> int:
+    """Run `options.parts` in their order and report them all; the exit code."""
+    tables: list[Table] = []
+    claims: list[Claim] = []
+    for part in options.parts:
+        made, held = run[part](options)
+        tables += made
+        claims += held
+    return report(tables, claims, as_json=options.json)
 
 
 def report(tables: Sequence[Table], claims: Sequence[Claim], *, as_json: bool) -> int:

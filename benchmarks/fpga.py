@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowbit
-from common import Claim, Table, arguments, progress, report
+from common import Claim, Table, arguments, progress, run_parts
 from lowbit import QuantSpec, Recipe, Rule
 from lowbit.demo import load_images
 from lowbit.export.fpga.verilog import count
@@ -365,12 +365,7 @@ def main() -> int:
     if "magic" in options.parts and options.data is None:
         parser.error("part magic needs --data")
     torch.set_num_threads(1)
-    tables, claims = [], []
-    for part in options.parts:
-        made, held = RUN[part](options)
-        tables += made
-        claims += held
-    return report(tables, claims, as_json=options.json)
+    return run_parts(RUN, options)
 
 
 if __name__ == "__main__":

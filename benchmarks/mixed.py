@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 import cifar
 import lowbit
-from common import Claim, Table, arguments, progress, report
+from common import Claim, Table, arguments, progress, run_parts
 from lowbit import INT8, UINT8, QuantSpec, Recipe, Rule
 from lowbit.core.affine import choose_qparams, fake_quantize
 from lowbit.core.ranges import least_error_range_of
@@ -397,12 +397,7 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    tables, claims = [], []
-    for part in options.parts:
-        made, held = RUN[part](options)
-        tables += made
-        claims += held
-    return report(tables, claims, as_json=options.json)
+    return run_parts(RUN, options)
 
 
 if __name__ == "__main__":

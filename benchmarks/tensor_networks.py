@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowbit
-from common import Claim, Table, arguments, progress, report
+from common import Claim, Table, arguments, progress, run_parts
 from lowbit import INT8, UINT8, PerTensor, Recipe, Rule
 from lowbit.core.spec import QuantSpec
 from lowbit.decompose.tt import Train, matrix_to_train, train_to_matrix
@@ -475,13 +475,7 @@ def main() -> int:
     parser.add_argument("--fashion", type=Path, help="folder with the four files of Fashion-MNIST")
     parser.add_argument("--data", type=Path, help="folder with cifar10/ and models/, for cifar")
     options = parser.parse_args()
-    tables: list[Table] = []
-    claims: list[Claim] = []
-    for part in options.parts:
-        found, claimed = RUN[part](options)
-        tables += found
-        claims += claimed
-    return report(tables, claims, as_json=options.json)
+    return run_parts(RUN, options)
 
 
 if __name__ == "__main__":

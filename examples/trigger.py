@@ -86,7 +86,7 @@ def read_table(path: Path) -> tuple[Tensor, list[str]]:
     return torch.tensor([[float(v) for v in row[:-1]] for row in rows]), [row[-1] for row in rows]
 
 
-def fetch_openml(name: str) -> tuple[Tensor, list[str]]:
+def read_openml(name: str) -> tuple[Tensor, list[str]]:
     """The same from OpenML."""
     from sklearn.datasets import fetch_openml
 
@@ -95,7 +95,7 @@ def fetch_openml(name: str) -> tuple[Tensor, list[str]]:
 
 
 def prepare_data(options: argparse.Namespace) -> Data:
-    x, labels = fetch_openml(options.openml) if options.openml else read_table(options.table)
+    x, labels = read_openml(options.openml) if options.openml else read_table(options.table)
     classes = tuple(sorted(set(labels)))
     order, part = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)), len(x) // 5
     x, y = x[order], torch.tensor([classes.index(c) for c in labels])[order]

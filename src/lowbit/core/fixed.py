@@ -28,6 +28,7 @@ __all__ = [
     "exponent_of",
     "fixed",
     "from_real",
+    "outside",
     "to_real",
 ]
 
@@ -170,6 +171,11 @@ class FixedPoint:
             raise LowbitError(f"sums from {low} to {high} take {width} bits; use fewer bits, or fewer inputs")
         return cls(width, width - fraction, signed)
 
+    @classmethod
+    def widest(cls, fraction: int, rounding: Rounding = "half_even") -> FixedPoint:
+        """The widest type with so many bits behind the point: it rounds, and in practice clips nothing."""
+        return cls(MAX_WIDTH, MAX_WIDTH - fraction, True, rounding, "saturate")
+
 
 def fixed(
     width: int,
@@ -229,6 +235,12 @@ def cast(codes: Tensor, fraction: int, to: FixedPoint) -> Tensor:
         shift = min(-shift, MAX_WIDTH)
         codes = align(codes.clamp(-(1 << MAX_WIDTH - shift), 1 << MAX_WIDTH - shift), shift)
     return wrapped(codes, to.qmin, to.width) if to.overflow == "wrap" else codes.clamp(to.qmin, to.qmax)
+
+
+def outside(codes: Tensor, fraction: int, to: FixedPoint) -> Tensor:
+    """Which values, once they are rounded, a type cannot hold."""
+    rounded = cast(codes, fraction, FixedPoint.widest(to.fraction, to.rounding))
+    return (rounded < to.qmin) | (rounded > to.qmax)
 
 
 def _shift_right(codes: Tensor, shift: int, rounding: Rounding) -> Tensor:

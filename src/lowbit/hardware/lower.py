@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.core.fixed import MAX_WIDTH, FixedPoint, cast, exponent_of, from_real, to_real
+from lowbit.core.fixed import FixedPoint, cast, exponent_of, from_real, to_real
 from lowbit.core.spec import expand_to
 from lowbit.errors import LowbitError, expect
 from lowbit.graph.match import is_global_pool
 from lowbit.graph.ops import clamp_bounds, kind_of, label, module_of
+from lowbit.graph.run import evaluate
 from lowbit.hardware.arithmetic import OPERATIONS, Bounds, weighted_bounds
 from lowbit.hardware.program import Constant, Program, Step
 from lowbit.model import QuantizedModel
@@ -253,13 +254,7 @@ class _Lowering:
         source = node.args[0]
         numbered = torch.empty([*range(2, 2 + source.meta["value"].ndim)], device="meta")
         args = fx.node.map_arg(node.args, lambda n: numbered if n is source else n.meta["value"])
-        moved = (
-            getattr(numbered, str(node.target))(*args[1:], **node.kwargs)
-            if node.op == "call_method"
-            else None
-        )
-        moved = node.target(*args, **node.kwargs) if moved is None else moved
-        axes = tuple(n - 2 for n in moved.shape)
+        axes = tuple(n - 2 for n in evaluate(self.gm, node, args, node.kwargs).shape)
         return axes[1:] if axes[0] == 0 else self._refuse(node)
 
     def _max_pool(self, node: fx.Node) -> dict[str, Any]:
@@ -336,8 +331,7 @@ def _weight(layer: nn.Module, name: str) -> Constant:
 
 def _bias(bias: Tensor, fraction: int, name: str) -> Constant:
     """Codes of a bias, as fine as the sums that it is added to."""
-    wide = FixedPoint(MAX_WIDTH, MAX_WIDTH - fraction, rounding="half_even", overflow="saturate")
-    codes = from_real(bias, wide)
+    codes = from_real(bias, FixedPoint.widest(fraction))
     if not torch.equal(to_real(codes, fraction), bias.double()):
         raise LowbitError(
             f"bias of '{name}' is no multiple of 2^{-fraction}, the step of its sums; give a layer that "

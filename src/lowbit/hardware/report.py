@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.core.fixed import MAX_WIDTH, FixedPoint, cast
+from lowbit.core.fixed import outside
 from lowbit.hardware.cost import ebops
 from lowbit.hardware.program import Program, Step
 from lowbit.tables import text_table
@@ -73,17 +73,14 @@ def describe(program: Program, inputs: Sequence[Tensor] | None = None) -> Hardwa
     Args:
         inputs: float samples, one tensor for each input; with them overflows are counted.
     """
-    outside: dict[int, list[int]] = {}
+    # of values that a step cannot hold, and of all
+    counts: dict[int, list[int]] = {}
 
     def watch(step: Step, exact: Tensor, fraction: int) -> None:
         if step.rounds:
-            wide = FixedPoint(
-                MAX_WIDTH, MAX_WIDTH - step.type.fraction, rounding=step.type.rounding, overflow="saturate"
-            )
-            codes = cast(exact, fraction, wide)
-            lost = int(((codes < step.type.qmin) | (codes > step.type.qmax)).sum())
-            seen = outside.setdefault(id(step), [0, 0])
-            seen[0], seen[1] = seen[0] + lost, seen[1] + codes.numel()
+            seen = counts.setdefault(id(step), [0, 0])
+            seen[0] += int(outside(exact, fraction, step.type).sum())
+            seen[1] += exact.numel()
 
     if inputs is not None:
         with torch.no_grad():
@@ -91,7 +88,7 @@ def describe(program: Program, inputs: Sequence[Tensor] | None = None) -> Hardwa
     costs = ebops(program)
     rows = []
     for step in program.steps:
-        lost, count = outside.get(id(step), (0, 0))
+        lost, count = counts.get(id(step), (0, 0))
         rows.append(
             Row(
                 name=step.name,

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lowbit.errors import LowbitError, expect
 from lowbit.export.checkpoint import load, save
@@ -141,9 +141,10 @@ def learn_widths(
     expect(q, QuantizedModel, "q", "make it with lowbit.prepare(model, 'fixed8', example)")
     _check(weights, strength, settings)
     check_data(val, "val")
-    lower(freeze(copy.deepcopy(q)))  # what hardware lacks is known before a step is made
+    # what hardware lacks is known before a step is made
+    program = lower(freeze(copy.deepcopy(q)))
     first, last = (float(s) for s in strength)
-    pairs = _with_widths(q, weights)
+    pairs = _with_widths(q, weights, [s.positions for s in program.steps if s.weight is not None])
     start = float(_cost(pairs).detach())
     if not start:
         raise LowbitError("all weights are zero, so no width costs anything; train the network first")
@@ -219,8 +220,12 @@ def _cost(pairs: Sequence[_Pair]) -> Tensor:
     return sum(costs[1:], costs[0])
 
 
-def _with_widths(q: QuantizedModel, per: Per) -> list[_Pair]:
-    """Give every quantizer a width that trains, in place."""
+def _with_widths(q: QuantizedModel, per: Per, positions: Sequence[int]) -> list[_Pair]:
+    """Give every quantizer a width that trains, in place.
+
+    Args:
+        positions: as `_Pair` has them, of each call of a layer.
+    """
     found: dict[int, WidthQuantizer] = {}
     for path, module in list(q.graph.named_modules(remove_duplicate=False)):
         if isinstance(module, QLayer) and id(module.weight_quantizer) not in found:
@@ -234,14 +239,14 @@ def _with_widths(q: QuantizedModel, per: Per) -> list[_Pair]:
                 found[id(module)] = _with_width(path, module, (1,))
             swap(q.graph, path, found[id(module)])
     pairs = []
-    for node in layer_nodes(q.graph):
+    for node, count in zip(layer_nodes(q.graph), positions, strict=True):
         layer, source = module_of(node), input_quantizer(node)
         if not isinstance(layer, QLayer) or not isinstance(source, WidthQuantizer):
             raise LowbitError(
                 f"'{node.meta['name']}' and what it reads are not both quantized; widths are learned under a "
                 "recipe such as 'fixed8'"
             )
-        pairs.append(_Pair(layer, source, _positions(node)))
+        pairs.append(_Pair(layer, source, count))
     if not pairs:
         raise LowbitError("the model has no quantized layer, so there is no width to learn")
     return pairs
@@ -252,11 +257,6 @@ def _with_width(path: str, quantizer: Quantizer, shape: tuple[int, ...]) -> Widt
         return WidthQuantizer.of(quantizer, shape)
     except LowbitError as error:
         raise LowbitError(f"'{path}': {error}") from None
-
-
-def _positions(node: fx.Node) -> int:
-    shape = node.meta["value"].shape
-    return math.prod(shape[1:-1] if isinstance(module_of(node), nn.Linear) else shape[2:])
 
 
 class _Keeper:

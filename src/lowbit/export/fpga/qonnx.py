@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.core.fixed import MAX_WIDTH, FixedPoint, align, cast, exponent_of
+from lowbit.core.fixed import FixedPoint, exponent_of, outside
 from lowbit.errors import LowbitError, expect
 from lowbit.export.fpga.qonnx_graph import IR_VERSION, adds_half, graph_of
 from lowbit.files import atomic_path
@@ -245,10 +245,7 @@ def _check_type(step: Step) -> None:
 
 def _overflows(step: Step) -> bool:
     """Whether some result lies outside the type."""
-    to = step.type
-    free = FixedPoint(MAX_WIDTH, MAX_WIDTH - to.fraction, rounding=to.rounding, overflow="saturate")
-    low, high = cast(torch.tensor([step.low, step.high]), step.fraction, free).tolist()
-    return low < to.qmin or high > to.qmax
+    return bool(outside(torch.tensor([step.low, step.high]), step.fraction, step.type).any())
 
 
 def _largest(step: Step, read: Sequence[Step]) -> int:
@@ -258,10 +255,8 @@ def _largest(step: Step, read: Sequence[Step]) -> int:
     largest = max(-step.low, step.high)
     if step.weight is not None:
         low, high = _reach(read[0])
-        weight = align(step.weight.codes, step.fraction - read[0].type.fraction - step.weight.type.fraction)
-        bias = torch.zeros(len(weight), dtype=torch.long)
-        if step.bias is not None:
-            bias = align(step.bias.codes, step.fraction - step.bias.type.fraction).abs()
+        weight = step.weight.codes
+        bias = torch.zeros(len(weight), dtype=torch.long) if step.bias is None else step.bias.codes.abs()
         largest = max(
             weighted_bounds(weight, bias, low, high)[1], -weighted_bounds(weight, -bias, low, high)[0]
         )

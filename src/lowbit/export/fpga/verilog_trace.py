@@ -136,9 +136,6 @@ class _Tracer:
 
     def _with_bias(self, step: Step, sums: Symbols) -> Symbols:
         """Sums [positions, out] plus the bias, as [*positions, out] of the step."""
-        assert step.weight is not None
-        fraction = self.program.steps[step.inputs[0]].type.fraction + step.weight.type.fraction
-        sums = sums * 2 ** (step.fraction - fraction)
         if step.bias is not None:
             sums = sums + _at(step)
         positions = step.shape[1:] if step.op == "conv" else step.shape[:-1]
