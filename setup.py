@@ -28,4 +28,4 @@ def extension(name: str) -> Extension:
     )
 
 
-setup(ext_modules=[extension("fake_quantize"), extension("bits")])
+setup(ext_modules=[extension("fake_quantize"), extension("bits"), extension("tensor_train")])

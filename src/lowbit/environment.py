@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lowbit import kernels
-from lowbit.kernels import bits
+from lowbit.kernels import bits, tensor_train
 from lowbit.processor import instructions
 from lowbit.tables import text_table
 
@@ -44,6 +44,8 @@ class Environment:
     kernels: str
     # what runs binary and ternary networks, likewise
     bit_kernels: str
+    # what multiplies tensor trains in evaluation, likewise
+    train_kernels: str
     # those that decide about kernels; None where PyTorch cannot tell
     instructions: tuple[str, ...] | None
     # version of each optional package; None where it is missing
@@ -59,6 +61,7 @@ class Environment:
             ("gpu", self.gpu or "none", ""),
             ("kernels", self.kernels, "fake quantization in training"),
             ("bit kernels", self.bit_kernels, "binary and ternary layers, after q.compile_kernels()"),
+            ("train kernels", self.train_kernels, "tensor trains in evaluation"),
             ("instructions", found, ""),
             *((name, version or "missing", OPTIONAL[name]) for name, version in self.packages.items()),
         ]
@@ -79,6 +82,7 @@ def environment() -> Environment:
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         kernels=kernels.description(),
         bit_kernels=bits.description(),
+        train_kernels=tensor_train.description(),
         instructions=instructions(),
         packages={name: _version(name) for name in OPTIONAL},
     )

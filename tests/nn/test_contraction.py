@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import opt_einsum
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowbit.kernels import tensor_train
 from lowbit.nn.contraction import Order, Shape, best_order, matrices, merged, orders
 
 KEPT = 1 << 40
@@ -58,6 +60,19 @@ def test_every_order_is_the_dense_product(shape: Shape, rows: int, has_bias: boo
         torch.testing.assert_close(run(x), wanted, rtol=1e-9, atol=1e-9, msg=str(order))
 
 
+@pytest.mark.skipif(not tensor_train.available(), reason=tensor_train.description())
+@given(shapes, st.sampled_from([1, 2, 7]), st.booleans())
+def test_every_order_is_the_dense_product_in_the_library_too(shape: Shape, rows: int, has_bias: bool) -> None:
+    exact = cores_of(shape)
+    cores, weight = [core.float() for core in exact], dense([core.float().double() for core in exact])
+    x, bias = torch.randn(rows, weight.shape[1]), torch.randn(weight.shape[0]) if has_bias else None
+    wanted = torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+    for order in orders(shape, rows):
+        order = replace(order, lanes=tensor_train.lanes_for(x))  # noqa: PLW2901
+        run = order.bound(order.prepared(matrices(merged(cores, order.groups), order.forward)), bias)
+        torch.testing.assert_close(run(x).double(), wanted, rtol=1e-4, atol=1e-3, msg=str(order))
+
+
 @pytest.mark.parametrize("cores", [1, 2, 4])
 def test_orders_are_all_the_ways_to_merge_neighbours_from_either_end(cores: int) -> None:
     found = list(orders(Shape((2,) * cores, (2,) * cores, (1, *[2] * (cores - 1), 1)), 1))
@@ -89,11 +104,25 @@ def test_the_best_order_goes_from_factors_to_the_dense_product_as_ranks_and_batc
     assert best_order(large, 256, KEPT).floats == 1 << 20
 
 
-@given(shapes, st.sampled_from([1, 16]))
-def test_the_best_order_is_the_one_of_least_predicted_time(shape: Shape, rows: int) -> None:
-    best = best_order(shape, rows, 0)
+def test_the_library_is_chosen_for_small_batches_where_it_may_be_and_what_it_reads_is_kept() -> None:
+    shape = Shape((4, 4, 8, 8), (8, 8, 4, 4), (1, 8, 8, 8, 1))
+    for lanes in (8, 16):
+        assert best_order(shape, 1, KEPT, lanes).lanes == lanes
+        assert best_order(shape, 1, KEPT, lanes).seconds < best_order(shape, 1, KEPT).seconds
+    assert best_order(shape, 1, KEPT).lanes == 0
+    assert best_order(shape, 1, 0, 8).lanes == 0
+    # dense products of many rows are what PyTorch is best at
+    large = Shape((4, 4, 8, 8), (8, 8, 4, 4), (1, 64, 64, 64, 1))
+    assert best_order(large, 256, KEPT, 8) == best_order(large, 256, KEPT)
 
+
+@given(shapes, st.sampled_from([1, 16]), st.sampled_from([0, 4, 8, 16]))
+def test_the_best_order_is_the_one_of_least_predicted_time(shape: Shape, rows: int, lanes: int) -> None:
     def seconds(order: Order) -> float:
         return order.seconds + order.merging_seconds
 
+    best = best_order(shape, rows, 0, lanes)
+    assert best.lanes == 0  # what it reads cannot be kept
     assert seconds(best) == min(map(seconds, orders(shape, rows)))
+    every = [replace(order, lanes=n) for order in orders(shape, rows) for n in {0, lanes}]
+    assert best_order(shape, rows, KEPT, lanes).seconds == min(order.seconds for order in every)

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowbit.errors import LowbitError
 
-__all__ = ["BITS", "FAKE_QUANTIZE", "PATHS", "Interface", "Library", "load"]
+__all__ = ["BITS", "FAKE_QUANTIZE", "PATHS", "TENSOR_TRAIN", "Interface", "Library", "load"]
 
 # What a library calls its loops: the position is the number.
 PATHS = ("portable", "AVX2", "AVX512")
@@ -66,6 +66,13 @@ BITS = Interface(
     },
     functions={"unit": [c_int]},
     paths=ARM_PATHS if platform.machine().lower() in ("aarch64", "arm64") else PATHS,
+)
+TENSOR_TRAIN = Interface(
+    name="tensor_train",
+    version=1,
+    prefix="lowbit_tensor_train_",
+    procedures={"product": [c_void_p] * 3 + [c_int] * 2},
+    functions={},
 )
 
 

@@ -2,19 +2,22 @@
 
 A train is contracted core by core, from its first or from its last. Neighbours may be merged before: of four
 cores (1, 1, 1, 1) is the plain sweep, (2, 2) two merged halves and (4,) the dense matrix. Which is fastest
-depends on batch, ranks and modes, and on whether merged cores can be kept.
+depends on batch, ranks and modes, and on whether merged cores can be kept. Where nothing is trained, all
+steps may be one call of the compiled library.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lowbit.kernels import tensor_train
 
 __all__ = ["Order", "Run", "Shape", "best_order", "matrices", "merged", "orders"]
 
@@ -23,6 +26,10 @@ Run = Callable[[Tensor], Tensor]
 CALL, MAC, MOVE = 4e-6, 1 / 38e9, 1 / 2e9
 # rows, depth and columns at which a matrix product runs at half speed
 HALF = (4, 12, 12)
+# The same of the compiled library, a multiply-accumulate by the floats in a vector. Beside the depth of a
+# product stands what it takes to begin and end its tiles, and fewer vectors of sums than these take as long.
+NATIVE_CALL, NATIVE_MAC = 3e-6, {4: 1 / 10e9, 8: 1 / 45e9, 16: 1 / 45e9}
+ENDS, SUMS = 16, 8
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,16 @@ class _Step:
         calls = 3 * CALL if self.rest > 1 else CALL
         return calls + MOVE * moved + _product_seconds(self.macs, rows, self.depth, self.outputs)
 
+    def native_seconds(self, lanes: int) -> float:
+        """Of the step of one sample in the compiled library: its tiles are as wide as a panel at most."""
+        once = self.rest == 1
+        count, rows, columns = (
+            (1, self.batch, self.outputs) if once else (self.batch, self.outputs, self.rest)
+        )
+        wide = -(-columns // lanes) * lanes
+        high = max(rows, SUMS * lanes // min(wide, tensor_train.PANEL))
+        return NATIVE_MAC[lanes] * count * high * (self.depth + ENDS) * wide
+
     def bound(self, matrix: Tensor, bias: Tensor | None) -> Run:
         """The step with its matrix: [batch, depth, rest] -> [batch, outputs, rest], however x is shaped.
 
@@ -128,6 +145,8 @@ class Order:
     # from the first core, or from the last
     forward: bool
     rows: int
+    # floats in a vector of the compiled library that does it; 0: PyTorch does
+    lanes: int = 0
 
     @cached_property
     def steps(self) -> tuple[_Step, ...]:
@@ -145,6 +164,11 @@ class Order:
             )
         return tuple(steps if self.forward else steps[::-1])
 
+    @cached_property
+    def of_sample(self) -> tuple[_Step, ...]:
+        """The steps of one row."""
+        return replace(self, rows=1).steps
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates, merged cores at hand."""
@@ -158,6 +182,8 @@ class Order:
     @cached_property
     def seconds(self) -> float:
         """Predicted, merged cores at hand."""
+        if self.lanes:
+            return NATIVE_CALL + self.rows * sum(step.native_seconds(self.lanes) for step in self.of_sample)
         return sum(step.seconds for step in self.steps)
 
     @cached_property
@@ -175,20 +201,31 @@ class Order:
             at += size
         return total
 
+    def prepared(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Matrices as `bound` takes them, from those of `matrices`; for PyTorch they are the same."""
+        if not self.lanes:
+            return list(matrices)
+        steps = self.of_sample if self.forward else self.of_sample[::-1]
+        parts = zip(steps, matrices, strict=True)
+        return [tensor_train.packed(matrix) if step.rest == 1 else matrix for step, matrix in parts]
+
     def bound(
         self, matrices: Sequence[Tensor], bias: Tensor | None, shape: tuple[int, ...] | None = None
     ) -> Run:
         """The train with its matrices: [rows, in] -> [rows, out]; what is fixed is done once, here.
 
         Args:
-            matrices: from `matrices`, of the cores that `merged` gave.
+            matrices: from `prepared`.
             shape: of the result, if it is to be another.
         """
         out = (self.rows, math.prod(self.shape.out_modes)) if shape is None else shape
+        ordered = matrices if self.forward else matrices[::-1]
+        if self.lanes:
+            steps = [tensor_train.Step(s.batch, s.outputs, s.depth, s.rest) for s in self.of_sample]
+            return tensor_train.product(steps, ordered, bias, self.rows, out)
         if len(matrices) == 1:
             weight, flat = matrices[0], (self.rows, matrices[0].shape[1])
             return lambda x: F.linear(x.reshape(flat), weight, bias).reshape(out)
-        ordered = matrices if self.forward else matrices[::-1]
         # backward, or of one row, the last step ends in whole samples, and the bias goes with it
         fused = bias if not self.forward or self.rows == 1 else None
         biases = [None] * (len(ordered) - 1) + [fused]
@@ -215,17 +252,20 @@ def orders(shape: Shape, rows: int) -> Iterator[Order]:
 
 
 @lru_cache(maxsize=4096)
-def best_order(shape: Shape, rows: int, kept: int) -> Order:
+def best_order(shape: Shape, rows: int, kept: int, lanes: int = 0) -> Order:
     """The cheapest for so many rows.
 
     Args:
         kept: floats of merged cores that may be kept between calls; what is larger is merged in each.
+        lanes: floats in a vector of the compiled library, where it may be used.
     """
 
     def seconds(order: Order) -> float:
         return order.seconds + (order.merging_seconds if order.floats > kept else 0.0)
 
-    return min(orders(shape, rows), key=seconds)
+    found = list(orders(shape, rows))
+    native = [replace(order, lanes=lanes) for order in found if lanes and order.floats <= kept]
+    return min(found + native, key=seconds)
 
 
 def merged(cores: Sequence[Tensor], groups: Sequence[int]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # importing lowbit stays cheap
 __all__ = [
     "Blueprint",
     "Bond",
+    "Kept",
     "TensorNetwork",
     "network_kind",
     "networks",
@@ -36,6 +38,7 @@ __all__ = [
 # Bytes of products that a layer keeps in evaluation.
 KEEP_BYTES = 1 << 26
 _PLAIN = (nn.Linear, nn.Conv2d)
+_VERSION = operator.attrgetter("_version")
 
 networks: Registry[type[TensorNetwork]] = Registry("tensor network")
 
@@ -157,19 +160,25 @@ class TensorNetwork(nn.Module):
         """How many numbers the factors have."""
         return sum(factor.weight.numel() for factor in self.factors)
 
-    def _is_plain(self) -> bool:
-        """Whether products of weights do what calls of the factors would.
+    def _plain_weights(self) -> list[Tensor]:
+        """Weights of the factors, where products of these do what calls of the factors would; else none.
 
-        Not so while compiling, and where factors were quantized, replaced or given hooks.
+        They do not while compiling, and where factors were quantized, replaced or given hooks.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return False
-        for factor in self.factors:  # a loop is faster than all(), and small products take as long
-            if type(factor) not in _PLAIN or factor._forward_hooks or factor._forward_pre_hooks:
-                return False
-            if factor._backward_hooks or factor._backward_pre_hooks:
-                return False
-        return True
+        found: list[Tensor] = []
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return found
+        # small products take as long as all of this: a loop is faster than all(), and a module finds in its
+        # __dict__ faster than as an attribute
+        for factor in self.factors:
+            held = factor.__dict__
+            if type(factor) not in _PLAIN or held["_forward_hooks"] or held["_forward_pre_hooks"]:
+                return []
+            weight = held["_parameters"].get("weight")
+            if weight is None or held["_backward_hooks"] or held["_backward_pre_hooks"]:
+                return []
+            found.append(weight)
+        return found
 
     def train(self, mode: bool = True) -> Self:
         """As of any module; what was kept goes, for fused optimizers change weights without a trace."""
@@ -233,38 +242,37 @@ class Kept:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # tensors, held so that no other can take their place, with version and address
-        self.watched: list[tuple[Tensor | None, int, int]] = []
+        # held so that no other can take their place
+        self.watched: list[Tensor] = []
+        # their versions, then their addresses
+        self.state: list[int] = []
         self.products: dict[Any, list[Tensor]] = {}
-        # what to do with an input of a shape
+        # what to do with an input of a shape, in PyTorch or in the library that its lanes stand for
         self.runs: dict[Any, Run] = {}
 
-    def follow(self, tensors: Sequence[Tensor | None]) -> None:
+    def follow(self, tensors: Sequence[Tensor]) -> None:
         """Let all go if these are not the tensors of the last time, as they were."""
         watched = self.watched
-        if len(watched) == len(tensors):
-            for tensor, (held, version, place) in zip(tensors, watched, strict=True):
-                if tensor is not held or (
-                    tensor is not None and (tensor._version != version or tensor.data_ptr() != place)
-                ):
-                    break
-            else:
-                return
+        # all of this at every call, for small products: functions over lists are faster than loops
+        if (
+            len(watched) == len(tensors)
+            and all(map(operator.is_, watched, tensors))
+            and [*map(_VERSION, tensors), *map(Tensor.data_ptr, tensors)] == self.state
+        ):
+            return
         self.clear()
-        if not any(t is not None and t.is_inference() for t in tensors):  # those have no version
-            self.watched = [
-                (t, 0 if t is None else t._version, 0 if t is None else t.data_ptr()) for t in tensors
-            ]
+        if not any(t.is_inference() for t in tensors):  # those have no version
+            self.watched = list(tensors)
+            self.state = [*map(_VERSION, tensors), *map(Tensor.data_ptr, tensors)]
 
     def clear(self) -> None:
         """Let all go."""
-        self.watched, self.products, self.runs = [], {}, {}
+        self.watched, self.state, self.products, self.runs = [], [], {}, {}
 
     def product(self, key: Any, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The product of that name, made where it is not there; the oldest go where there is no room."""
         if key not in self.products:
-            weights = [held for held, _, _ in self.watched if held is not None]
-            kind = weights[0].device.type if weights else "cpu"
+            kind = self.watched[0].device.type if self.watched else "cpu"
             with torch.autocast(kind, enabled=False):  # what is kept serves calls without it too
                 found = make()
             if _bytes(found) > self.limit:

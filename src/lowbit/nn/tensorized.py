@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lowbit.decompose.tt import Train, check_modes
 from lowbit.errors import LowbitError
+from lowbit.kernels import tensor_train
 from lowbit.nn.contraction import Order, Run, Shape, best_order, matrices, merged
-from lowbit.nn.network import Blueprint, TensorNetwork, networks, std_of_factors
+from lowbit.nn.network import Blueprint, Kept, TensorNetwork, networks, std_of_factors
 
 __all__ = ["TTLinear", "clipped_ranks"]
 
@@ -103,7 +104,7 @@ class TTLinear(TensorNetwork):
     @property
     def factors(self) -> Sequence[nn.Linear]:
         # not self.cores, which takes longer than a small product
-        return list(self._modules["cores"]._modules.values())  # type: ignore[union-attr, arg-type]
+        return list(self.__dict__["_modules"]["cores"].__dict__["_modules"].values())
 
     @property
     def blueprint(self) -> Blueprint:
@@ -132,39 +133,46 @@ class TTLinear(TensorNetwork):
         Raises:
             LowbitError: another number of inputs.
         """
-        if not isinstance(x, Tensor) or not self._is_plain():
+        watched = self._plain_weights() if isinstance(x, Tensor) else []
+        if not watched:
             return self.sweep(x)
-        if self.training or torch.is_grad_enabled():
-            self._kept.clear()
-            return self._made(x.shape, 0)(x)
-        kept = self._kept
-        kept.follow([*(core._parameters["weight"] for core in self.factors), self._parameters["bias"]])
-        run = kept.runs.get(x.shape)
-        return self._made(x.shape, kept.limit // 4)(x) if run is None else run(x)
+        held = self.__dict__
+        kept: Kept = held["_kept"]
+        if held["training"] or torch.is_grad_enabled():
+            kept.clear()
+            return self._made(x.shape, 0, 0)(x)
+        if (bias := held["_parameters"]["bias"]) is not None:
+            watched.append(bias)
+        kept.follow(watched)
+        lanes = tensor_train.lanes_for(x)
+        run = kept.runs.get((x.shape, lanes))
+        return self._made(x.shape, kept.limit // 4, lanes)(x) if run is None else run(x)
 
-    def _made(self, shape: torch.Size, room: int) -> Run:
+    def _made(self, shape: torch.Size, room: int, lanes: int) -> Run:
         """What to do with inputs of a shape: the cheapest order, kept with its products where there is room.
 
         Args:
             room: floats that may be kept; 0 where something is trained through them.
+            lanes: of the compiled library, if it takes such an input.
         """
         if shape[-1] != self.in_features:
             raise LowbitError(f"an input of shape {list(shape)} has not {self.in_features} features")
         rows = shape.numel() // self.in_features
         if not rows:
             return lambda x: F.linear(x, self.dense_weight(), self.bias)
-        order = best_order(self.shape, rows, room)
-        products, key = self._kept, (order.groups, order.forward)
+        native = lanes > 0 and all(map(tensor_train.readable, self.parameters()))
+        order = best_order(self.shape, rows, room, lanes if native else 0)
+        products, key = self._kept, (order.groups, order.forward, order.lanes)
         found = products.product(key, lambda: self._matrices(order)) if room else self._matrices(order)
         run = order.bound(found, self.bias, (*shape[:-1], self.out_features))
         if key in products.products and room:
-            products.runs[shape] = run
+            products.runs[shape, lanes] = run
         return run
 
     def _matrices(self, order: Order) -> list[Tensor]:
         if order.forward and max(order.groups) == 1:
-            return [core.weight for core in self.factors]
-        return matrices(merged(self.cores_of_train, order.groups), order.forward)
+            return order.prepared([core.weight for core in self.factors])
+        return order.prepared(matrices(merged(self.cores_of_train, order.groups), order.forward))
 
     def sweep(self, x: Any) -> Any:
         """Core after core, each the call of a Linear; what a graph sees, whatever the size of the batch.

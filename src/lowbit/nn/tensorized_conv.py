@@ -159,9 +159,10 @@ class ConvChain(TensorNetwork):
         evaluated = isinstance(x, Tensor) and not self.training and not torch.is_grad_enabled()
         if not evaluated:
             self._kept.clear()
-        if not evaluated or not self._is_plain() or not self._dense_is_faster(x):
+        weights = self._plain_weights() if evaluated else []
+        if not weights or not self._dense_is_faster(x):
             return self.chain(x)
-        self._kept.follow([factor.weight for factor in self.factors])
+        self._kept.follow(weights)
         (weight,) = self._kept.product("dense", lambda: [self.dense_weight()])
         stride, padding, dilation = self._geometry
         return F.conv2d(x, weight, self.factors[-1].bias, stride, padding, dilation)
