@@ -4,9 +4,10 @@
     python examples/trigger.py --openml hls4ml_lhc_jets_hlf --out jets      # needs scikit-learn and a network
 
 The table is CSV with a header: numbers, and the class in the last column (MAGIC: ten numbers, g or h; the LHC
-jets: sixteen, five classes). Steps: train in float; train at 6 bits; learn bits; write an hls4ml project and
-compile it, write Verilog, simulate it and count its cells; and plot accuracy against what it costs. What
-needs a tool that is not there (g++, iverilog, yosys) is left out, and said.
+jets: sixteen, five classes). Steps: train in float; train at 8, 6 and 4 bits; learn bits; count the cells of
+some of these networks; write an hls4ml project and compile it, write Verilog and simulate it; print a table
+of accuracy, AUC and background rejection, and plot them against effective bit operations and against yosys
+LUTs. What needs a tool that is not there (g++, iverilog, yosys) is left out, and said.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ from lowbit.export.fpga.verilog import count
 from lowbit.hardware import lower
 from lowbit.hardware.cost import ebops
 from lowbit.hardware.report import describe
-from lowbit.hardware.widths import Front, learn_widths
+from lowbit.hardware.widths import Front, Point, learn_widths
+from lowbit.model import QuantizedModel
+from lowbit.tables import text_table
 
 BATCH = 256
 
@@ -72,7 +75,7 @@ class Score:
     accuracy: float
     # area under the ROC curve, signal against the rest
     auc: float
-    # one background event in so many passes, where half of the signal does
+    # one background event in so many passes, where a given share of the signal does
     rejection: float
     ebops: int | None = None
     yosys_lut: int | None = None
@@ -130,21 +133,29 @@ def train(model: nn.Module, data: Data, epochs: int) -> None:
     model.eval()
 
 
-def score(name: str, model: nn.Module, data: Data, signal: int, cost: int | None = None) -> Score:
+def score(name: str, model: nn.Module, data: Data, signal: int, efficiency: float) -> Score:
+    """Of a network in float, or with its effective bit operations a frozen one."""
     with torch.no_grad():
         chances = model(data.x_test).double().softmax(1)
-    wanted, value = data.y_test == signal, chances[:, signal]
-    hit, background = value[wanted], value[~wanted]
-    # Mann and Whitney: how often a signal event stands above one of the background
-    ordered = background.sort().values
-    below, upto = (torch.searchsorted(ordered, hit, right=right) for right in (False, True))
-    auc = float((below + upto).double().mean() / 2 / len(background))
-    passing = float((background >= hit.median()).double().mean())
     accuracy = float((chances.argmax(1) == data.y_test).double().mean())
-    return Score(name, accuracy, auc, 1 / max(passing, 1 / len(background)), cost)
+    cost = sum(ebops(lower(model)).values()) if isinstance(model, QuantizedModel) else None
+    auc, rejection = separation(chances[:, signal], data.y_test == signal, efficiency)
+    return Score(name, accuracy, auc, rejection, cost)
 
 
-def at_bits(model: nn.Module, data: Data, bits: int, epochs: int) -> lowbit.model.QuantizedModel:
+def separation(value: Tensor, wanted: Tensor, efficiency: float) -> tuple[float, float]:
+    """Area under the ROC curve, and background rejection where such a share of the signal passes."""
+    hit, background = value[wanted], value[~wanted].sort().values
+    # Mann and Whitney: how often a signal event stands above one of the background
+    below, upto = (torch.searchsorted(background, hit, right=right) for right in (False, True))
+    auc = float((below + upto).double().mean() / 2 / len(background))
+    # a threshold that is a value of the signal: ties pass
+    threshold = hit.quantile(1 - efficiency, interpolation="lower")
+    passing = int((background >= threshold).sum())
+    return auc, len(background) / max(passing, 1)
+
+
+def at_bits(model: nn.Module, data: Data, bits: int, epochs: int) -> QuantizedModel:
     q = lowbit.prepare(model, recipe(bits), data.x[:BATCH])
     lowbit.calibrate(q, [data.x[:2048]])
     lowbit.Trainer(q, Batches(data.x, data.y), epochs=epochs, lr=1e-3).fit()
@@ -166,17 +177,28 @@ def learn(model: nn.Module, data: Data, epochs: int, out: Path) -> Front:
     return learn_widths(q, Batches(data.x, data.y), val, out=out / "learned", **settings)
 
 
-def with_cells(found: Score, q: lowbit.model.QuantizedModel, folder: Path) -> Score:
+def spread(front: Sequence[Point], count: int) -> list[Point]:
+    """So many points of a front, evenly from the cheapest to the dearest."""
+    places = torch.linspace(0, len(front) - 1, min(count, len(front))).round().int().tolist()
+    return [front[place] for place in places]
+
+
+def choose(front: Front, model: nn.Module, data: Data) -> Point:
+    """The cheapest point within half a percent of float; else the best."""
+    with torch.no_grad():
+        whole = float((model(data.x_val).argmax(1) == data.y_val).double().mean())
+    return next((p for p in front.best if p.metric >= whole - 0.005), front.best[-1])
+
+
+def with_cells(found: Score, q: QuantizedModel, out: Path) -> Score:
     """Verilog in a folder, and the cells that yosys makes of it."""
-    if shutil.which("yosys") is None:
-        print("yosys is not there, so no cells are counted; install package yosys")
-        return found
-    project = lowbit.export.verilog(q, folder)
-    cells = count(project).cells
-    return Score(**{**asdict(found), "yosys_lut": cells.lut, "yosys_ff": cells.ff})
+    folder = out / f"cells-{found.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    cells = count(lowbit.export.verilog(q, folder)).cells
+    return replace(found, yosys_lut=cells.lut, yosys_ff=cells.ff)
 
 
-def prove(q: lowbit.model.QuantizedModel, data: Data, out: Path) -> None:
+def prove(q: QuantizedModel, data: Data, out: Path) -> None:
     """Every back end gives the codes of the integer reference."""
     targets = {"hls4ml": ("g++", lowbit.export.hls4ml), "verilog": ("iverilog", lowbit.export.verilog)}
     for name, (tool, export) in targets.items():
@@ -189,21 +211,50 @@ def prove(q: lowbit.model.QuantizedModel, data: Data, out: Path) -> None:
             print(lowbit.verify(q, folder, [data.x_test[:1000]]))
 
 
-def plot(scores: Sequence[Score], front: Front, path: Path) -> None:
-    """Accuracy against effective bit operations."""
+def show(scores: Sequence[Score], efficiency: float) -> str:
+    """A table, a row for each network."""
+    header = ("network", "accuracy", "AUC", f"rejection at {efficiency:g}", "EBOPs", "yosys LUT", "FF")
+    rows = [
+        (
+            s.name,
+            f"{s.accuracy:.4f}",
+            f"{s.auc:.4f}",
+            f"{s.rejection:.1f}",
+            *("" if n is None else f"{n:,}" for n in (s.ebops, s.yosys_lut, s.yosys_ff)),
+        )
+        for s in scores
+    ]
+    return text_table(header, rows)
+
+
+def plot(scores: Sequence[Score], efficiency: float, path: Path) -> None:
+    """How good networks are against what they cost: a row for each measure, a column for each cost."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    points = [(p.ebops, p.metric) for p in front.best]
-    axes.plot(*zip(*points, strict=True), "o-", label="learned bits, validation")
-    fixed = [s for s in scores if s.ebops and s.name.startswith("fixed")]
-    axes.plot([s.ebops for s in fixed], [s.accuracy for s in fixed], "s", label="the same bits everywhere")
-    axes.axhline(scores[0].accuracy, color="grey", linestyle="--", label="float")
-    axes.set(xlabel="effective bit operations", ylabel="accuracy", xscale="log")
-    axes.legend()
+    costs = {"ebops": "effective bit operations", "yosys_lut": "yosys LUT"}
+    measures = {
+        "accuracy": "accuracy",
+        "auc": "AUC",
+        "rejection": f"background rejection\nat signal efficiency {efficiency:g}",
+    }
+    figure, grid = pyplot.subplots(3, 2, figsize=(9, 9), sharex="col", sharey="row")
+    for row, (measure, name) in zip(grid, measures.items(), strict=True):
+        for axes, (cost, unit) in zip(row, costs.items(), strict=True):
+            counted = sorted((s for s in scores if getattr(s, cost)), key=lambda s: getattr(s, cost))
+            learned = [s for s in counted if s.name.startswith("epoch")]
+            fixed = [s for s in counted if s not in learned]
+            for part, style, label in ((learned, "o-", "learned bits"), (fixed, "s", "the same everywhere")):
+                axes.plot(
+                    [getattr(s, cost) for s in part], [getattr(s, measure) for s in part], style, label=label
+                )
+            axes.axhline(getattr(scores[0], measure), color="grey", linestyle="--", label="float")
+            axes.locator_params(axis="x", nbins=5)
+            axes.set(xlabel=unit if measure == "rejection" else "")
+        row[0].set(ylabel=name)
+    grid[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -221,11 +272,22 @@ def main() -> int:
     parser.add_argument(
         "--epochs", type=int, default=30, help="of training in float; of learning bits twice that"
     )
+    parser.add_argument(
+        "--efficiency", type=float, default=0.5, help="share of the signal that passes, for the rejection"
+    )
+    parser.add_argument(
+        "--cells",
+        type=int,
+        default=3,
+        help="further points of the front whose cells are counted, each a minute or two",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("trigger"), help="folder for what is made")
     options = parser.parse_args()
     if (options.table is None) == (options.openml is None):
         parser.error("give a table, or --openml NAME")
+    if not 0 < options.efficiency < 1:
+        parser.error("--efficiency is a share between 0 and 1")
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)
     data = prepare_data(options)
@@ -234,30 +296,24 @@ def main() -> int:
 
     model = network(data.x.shape[1], len(data.classes))
     train(model, data, options.epochs)
-    scores = [score("float", model, data, signal)]
-    for bits in (8, 6, 4):
-        q = at_bits(model, data, bits, options.epochs)
-        scores.append(score(f"fixed{bits}", q, data, signal, sum(ebops(lower(q)).values())))
-        if bits == 6:
-            sixth = q
-            print(describe(lower(q), [data.x_test]))
+    fixed = {f"fixed{bits}": at_bits(model, data, bits, options.epochs) for bits in (8, 6, 4)}
+    print(describe(lower(fixed["fixed6"]), [data.x_test]))
     front = learn(model, data, 2 * options.epochs, options.out)
     print(front)
-    with torch.no_grad():
-        whole = float((model(data.x_val).argmax(1) == data.y_val).double().mean())
-    near = [p for p in front.best if p.metric >= whole - 0.005]
-    chosen = near[0] if near else front.best[-1]
-    learned = front.model(chosen, model)
-    scores.append(score("learned", learned, data, signal, chosen.ebops))
-    for k, q in ((2, sixth), (4, learned)):
-        folder = options.out / f"cells-{scores[k].name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        scores[k] = with_cells(scores[k], q, folder)
-    prove(learned, data, options.out)
-    for found in scores:
-        print(json.dumps(asdict(found)))
+    networks = fixed | {f"epoch{p.epoch}": front.model(p, model) for p in front.best}
+    named = {"float": model, **networks}
+    scores = [score(name, net, data, signal, options.efficiency) for name, net in named.items()]
+    chosen = f"epoch{choose(front, model, data).epoch}"
+    counted = {"fixed6", "fixed4", chosen} | {f"epoch{p.epoch}" for p in spread(front.best, options.cells)}
+    if shutil.which("yosys") is None:
+        print("yosys is not there, so no cells are counted; install package yosys")
+    else:
+        scores = [with_cells(s, networks[s.name], options.out) if s.name in counted else s for s in scores]
+    prove(networks[chosen], data, options.out)
+    print(show(scores, options.efficiency))
+    print(f"{chosen} is exported: the cheapest within half a percent of float in validation, or the best")
     (options.out / "scores.json").write_text(json.dumps([asdict(found) for found in scores], indent=1))
-    plot(scores, front, options.out / "front.svg")
+    plot(scores, options.efficiency, options.out / "front.svg")
     return 0
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in.*hls4ml_con
 
 
 class Residual(nn.Module):
-    """A convolution of two channels, an addition, max pooling, concatenation, a flattened image."""
+    """Two channels, averages of 9 numbers, an addition, max pooling, a flattened image, a softmax."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class Residual(nn.Module):
         self.inner, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4 * 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.norm(self.first(x))), 2)
-        return self.last(F.max_pool2d(F.relu(x + self.inner(x)), 2).flatten(1))
+        x = F.avg_pool2d(F.relu(self.norm(self.first(x))), 3)
+        return self.last(F.max_pool2d(F.relu(x + self.inner(x)), 2).flatten(1)).softmax(1)
 
 
 class Branches(nn.Module):
@@ -49,6 +49,11 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.cat([F.relu(part(x)) for part in self.parts], 1))
+
+
+def means() -> nn.Module:
+    """Averages of 3 numbers, some negative, in windows that overlap and are padded."""
+    return nn.Sequential(nn.Conv1d(2, 2, 2), nn.AvgPool1d(3, 2, 1), nn.Flatten(), nn.Linear(10, 3))
 
 
 def mlp() -> nn.Module:
@@ -77,10 +82,11 @@ def quantized(model: nn.Module, shape: tuple[int, ...], recipe: Any) -> tuple[Qu
     ("make", "shape", "recipe", "io"),
     [
         (Branches, (6,), mixed(), "io_parallel"),
-        (Residual, (2, 8, 8), "fixed6", "io_parallel"),
-        (Residual, (2, 8, 8), "fixed6", "io_stream"),
+        (Residual, (2, 12, 12), "fixed6", "io_parallel"),
+        (Residual, (2, 12, 12), "fixed6", "io_stream"),
+        (means, (2, 10), "fixed6", "io_parallel"),
     ],
-    ids=["branches", "residual", "residual-stream"],
+    ids=["branches", "residual", "residual-stream", "means"],
 )
 def test_every_code_equals_the_reference(
     make: Callable[[], nn.Module], shape: tuple[int, ...], recipe: Any, io: Any, tmp_path: Path
@@ -208,7 +214,6 @@ def test_a_configuration_of_any_network() -> None:
             (2, 6),
             "'2': hls4ml takes a Linear on vectors",
         ),
-        (nn.Sequential(nn.Linear(6, 3), nn.Softmax(1)), (6,), r"'1' \(Softmax\)"),
     ],
 )
 def test_what_hls4ml_cannot_take_is_refused_first(
@@ -218,6 +223,15 @@ def test_what_hls4ml_cannot_take_is_refused_first(
     with pytest.raises(LowbitError, match=message):
         lowbit.export.hls4ml(q, tmp_path / "hls")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(3, 2), nn.AvgPool2d(3, 3, padding=1)], ids=["overlapping", "padded"]
+)
+def test_windows_that_end_the_process_in_a_stream_are_refused(pool: nn.Module, tmp_path: Path) -> None:
+    q, _ = quantized(nn.Sequential(pool, nn.Conv2d(1, 2, 2)), (1, 7, 7), "fixed6")
+    with pytest.raises(LowbitError, match=r"'0' pools windows of \[3, 3\].*use io='io_parallel'"):
+        lowbit.export.hls4ml(q, tmp_path / "hls", io="io_stream")
 
 
 def test_bad_places_and_options(tmp_path: Path) -> None:

@@ -90,6 +90,15 @@ def padded_means() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 3, 1), nn.AvgPool2d((2, 4), 2, padding=1), nn.Flatten())
 
 
+def means() -> nn.Module:
+    """Averages of 9 and of 3 numbers, some negative."""
+    return Fn(
+        lambda s, x: s.b(F.avg_pool1d(F.avg_pool2d(s.a(x), 3, 2).flatten(2), 3).flatten(1)),
+        a=nn.Conv2d(2, 3, 1),
+        b=nn.Linear(9, 2),
+    )
+
+
 def shared() -> nn.Module:
     """One sum that a ReLU reads, and that is a result twice."""
     return Fn(lambda s, x: (y := s.a(x), s.b(F.relu(y)), y), a=nn.Linear(9, 4), b=nn.Linear(4, 3))
@@ -108,6 +117,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any]] = {
     "branches": (branches, (2, 6, 6), "fixed5"),
     "signal": (signal, (2, 16), "fixed6"),
     "padded means": (padded_means, (2, 6, 6), "fixed6"),
+    "means, 8 bits": (means, (2, 8, 8), "fixed8"),
+    "means, half up": (means, (2, 8, 8), recipe(rounding="half_up")),
+    "means, floor": (means, (2, 8, 8), recipe(rounding="floor")),
     "shared": (shared, (9,), "fixed6"),
 }
 
@@ -303,6 +315,14 @@ def test_hls4ml_gives_the_codes_of_the_reference(name: str, tmp_path: Path) -> N
     assert np.array_equal(found.reshape(want.shape), want.numpy())
 
 
+def test_windows_that_end_the_process_in_a_stream_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("hls4ml", reason="hls4ml is not installed")
+    program, _ = lowered(lambda: nn.Sequential(nn.MaxPool2d(3, 2), nn.Conv2d(2, 2, 1)), (2, 7, 7), "fixed6")
+    path = export_qonnx(program, tmp_path / "net.onnx")
+    with pytest.raises(LowbitError, match="does not take windows that overlap in io_stream"):
+        hls4ml_from_qonnx(path, tmp_path / "hls", io="io_stream")
+
+
 @pytest.mark.parametrize(
     ("make", "shape", "what"),
     [
@@ -312,8 +332,13 @@ def test_hls4ml_gives_the_codes_of_the_reference(name: str, tmp_path: Path) -> N
         (lambda: nn.Conv2d(2, 2, 3, dilation=2), (2, 8, 8), r"dilation \[2, 2\]; use 1"),
         (lambda: nn.Conv2d(4, 4, 3, groups=2), (4, 8, 8), "2 groups of 2 for 4 filters; use 1"),
         (lambda: nn.Conv2d(2, 4, 3, groups=2), (2, 8, 8), "2 groups of 1 for 4 filters; use 1"),
+        (
+            lambda: nn.Sequential(nn.AvgPool2d(3), nn.Conv2d(2, 1, 1)),
+            (2, 6, 6),
+            "a mean of other than 2, 4, 8, ... values; export it with lowbit.export.hls4ml",
+        ),
     ],
-    ids=["clamp", "max pool 1d", "linear", "dilation", "groups", "multiplier"],
+    ids=["clamp", "max pool 1d", "linear", "dilation", "groups", "multiplier", "means"],
 )
 def test_what_hls4ml_cannot_read_is_refused(
     make: Callable[[], nn.Module], shape: tuple[int, ...], what: str, tmp_path: Path

@@ -72,6 +72,18 @@ class OneAxis(nn.Module):
         return self.second(F.hardtanh(self.first(x), -0.5, 0.75))
 
 
+class Means(nn.Module):
+    """Averages of 9 numbers, some negative, and of 3 that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 2, 1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.avg_pool2d(self.first(x), 3, 2, padding=1))
+        return self.last(F.avg_pool1d(x.flatten(2), 3).flatten(1))
+
+
 class Trains(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -192,6 +204,22 @@ def test_one_axis_groups_and_clamps(how: str | Recipe) -> None:
     assert equal(emulated(program, codes), program.run_codes(codes))
 
 
+@needs_iverilog
+@pytest.mark.parametrize("rounding", ["half_even", "half_up", "floor"])
+def test_means_of_any_number_of_values(tmp_path: Path, rounding: str) -> None:
+    program = lowered(Means(), (1, 5, 5), recipe(4, rounding=rounding))
+    codes = codes_for(program, 300)
+    wanted = program.run_codes(codes)
+    assert equal(emulated(program, codes), wanted)
+    assert equal(simulate(export_verilog(program, tmp_path / "made"), codes), wanted)
+
+
+def test_a_mean_too_wide_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(7), nn.Conv2d(1, 1, 1))
+    with pytest.raises(LowbitError, match=r"'1' divides sums of .* by 49, which takes more than 40 bits"):
+        export_verilog(lowered(model, (1, 7, 7), "fixed8"), tmp_path / "made")
+
+
 def test_a_tensor_train_is_a_chain_of_layers() -> None:
     program = lowered(Trains(), (6,), "fixed6")
     assert [step.op for step in program.steps].count("dense") == 3
@@ -291,7 +319,7 @@ def test_a_folder_is_made_whole_or_not_at_all(
 def test_what_cannot_be_written(program: Program, tmp_path: Path) -> None:
     steps = program.steps
     odd = replace(program, steps=(*steps[:-1], replace(steps[-1], op="softmax")))
-    with pytest.raises(LowbitError, match="'4' is softmax, which has no Verilog"):
+    with pytest.raises(LowbitError, match="'4' is a softmax, which has no Verilog"):
         export_verilog(odd, tmp_path / "made")
     wide = replace(steps[1], type=FixedPoint(45, 20))
     with pytest.raises(LowbitError, match="results of more than 40 bits"):

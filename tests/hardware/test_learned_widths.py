@@ -129,6 +129,13 @@ def test_the_front_has_what_nothing_beats() -> None:
         front.cheapest(0.95)
 
 
+def test_a_state_with_widths_is_not_taken_for_one_without() -> None:
+    q, data = prepared(mlp()), task()
+    learn_widths(q, data, data, epochs=1)
+    with pytest.raises(LowbitError, match=r"has a learned width for 'graph.*this model learns none"):
+        prepared(mlp()).load_state_dict(q.state_dict())
+
+
 def test_bad_calls() -> None:
     q, data = prepared(mlp()), task()
     with pytest.raises(LowbitError, match="does not rise"):

@@ -103,6 +103,14 @@ def test_what_is_pruned_is_still_a_weight() -> None:
     assert torch.equal(quantizer(x * 0), torch.zeros(3, 3))
 
 
+def test_a_state_without_widths_is_not_taken_for_one() -> None:
+    plain = calibrated(QuantSpec(bits=8, scale="pow2"))
+    made = WidthQuantizer.of(plain, (1,))
+    assert made.load_state_dict(made.state_dict()).missing_keys == []
+    with pytest.raises(LowbitError, match=r"a scale for '.*' and no learned width"):
+        made.load_state_dict(plain.state_dict())
+
+
 def test_it_needs_a_calibrated_power_of_two() -> None:
     with pytest.raises(LowbitError, match="calibrate"):
         WidthQuantizer.of(Quantizer(QuantSpec(bits=8, scale="pow2")), (1,))

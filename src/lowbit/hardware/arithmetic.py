@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.core.fixed import align
+from lowbit.hardware.softmax import shares, shares_bounds
 
 if TYPE_CHECKING:
     from lowbit.hardware.program import Step
@@ -107,16 +108,15 @@ def _clamp_bounds(step: Step, read: Sequence[Bounds]) -> Bounds:
 
 
 def _mean(step: Step, read: Sequence[Operand]) -> Tensor:
-    """Over windows of 2^k values: k more bits behind the point, and no division."""
-    kernel = len(step.settings["kernel"])
-    return windows(read[0][0], step.settings).sum(list(range(-kernel, 0)))
+    """What lies beyond the `finer` bits is dropped, towards zero: of 2^k values, with k of them, nothing."""
+    how = step.settings
+    sums = windows(read[0][0], how).sum(list(range(-len(how["kernel"]), 0)))
+    return torch.div(align(sums, how["finer"]), how["count"], rounding_mode="trunc")
 
 
 def _mean_bounds(step: Step, read: Sequence[Bounds]) -> Bounds:
-    (low, high, fraction), count = read[0], 1
-    for size in step.settings["kernel"]:
-        count *= size
-    return count * min(low, 0), count * max(high, 0), fraction + count.bit_length() - 1
+    (low, high, fraction), finer = read[0], step.settings["finer"]
+    return min(low, 0) << finer, max(high, 0) << finer, fraction + finer
 
 
 def _add(step: Step, read: Sequence[Operand]) -> Tensor:
@@ -177,4 +177,5 @@ OPERATIONS: dict[str, Operation] = {
     "reshape": Operation(lambda step, read: read[0][0].reshape(len(read[0][0]), *step.shape), _as_read),
     "transpose": Operation(lambda step, read: read[0][0].permute(0, *step.settings["axes"]), _as_read),
     "cast": Operation(lambda _, read: read[0][0], _as_read),
+    "softmax": Operation(shares, shares_bounds),
 }

@@ -13,15 +13,16 @@ from torch import Tensor, fx, nn
 from lowbit.core.fixed import FixedPoint, cast, exponent_of, from_real, to_real
 from lowbit.core.spec import expand_to
 from lowbit.errors import LowbitError, expect
-from lowbit.graph.match import is_global_pool
+from lowbit.graph.match import quantizers_behind
 from lowbit.graph.ops import clamp_bounds, kind_of, label, module_of
 from lowbit.graph.run import evaluate
 from lowbit.hardware.arithmetic import OPERATIONS, Bounds, weighted_bounds
 from lowbit.hardware.program import Constant, Program, Step
+from lowbit.hardware.softmax import SHARE, tables
+from lowbit.hardware.windows import average_window_of, convolution_window, max_window
 from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QLayer, QLinear
 from lowbit.nn.quantizer import Quantizer
-from lowbit.reference import average_window
 
 __all__ = ["lower"]
 
@@ -29,7 +30,7 @@ _SAME = {"identity", "dropout", "dropout1d", "dropout2d", "contiguous", "detach"
 _RESHAPES = {"flatten", "unflatten", "reshape", "view", "squeeze", "unsqueeze"}
 _TRANSPOSES = {"permute", "transpose", "swapaxes", "movedim", "t"}
 _MAX_POOLS = {"maxpool1d", "maxpool2d", "max_pool1d", "max_pool2d"}
-_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_ROW_AVERAGES = ("avgpool1d", "avg_pool1d", "adaptiveavgpool1d", "adaptive_avg_pool1d")
 
 
 def lower(q: QuantizedModel) -> Program:
@@ -62,6 +63,8 @@ class _Lowering:
             "cat": self._concat,
             "average": self._average,
             "pass": self._move,
+            "softmax": self._softmax,
+            **dict.fromkeys(_ROW_AVERAGES, self._average),
         }
 
     def program(self) -> Program:
@@ -73,7 +76,7 @@ class _Lowering:
             elif kind_of(node) == "quantizer" and node.args[0].op == "get_attr":
                 self.constants[node] = self._constant(node)
             elif node.op != "output":
-                self.at[node] = self.kinds.get(kind_of(node), self._refuse)(node)
+                self.at[node] = self.kinds.get(_kind(node), self._refuse)(node)
             else:
                 results = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
                 if not all(isinstance(n, fx.Node) and n in self.at for n in results):
@@ -81,8 +84,10 @@ class _Lowering:
                         "the network returns more than tensors, and hardware has wires alone; return a "
                         "tensor, or a tuple of them"
                     )
+                outputs = tuple(self.at[n] for n in results)
                 self._check_inputs()
-                return Program(tuple(self.steps), tuple(self.at[n] for n in results))
+                self._check_means(outputs)
+                return Program(tuple(self.steps), outputs)
         raise AssertionError("a graph has an output")
 
     def _check_inputs(self) -> None:
@@ -91,6 +96,23 @@ class _Lowering:
                 raise LowbitError(
                     f"input '{step.name}' is not quantized, and hardware has no floats; use a recipe such as "
                     "'fixed8', which rounds what every layer reads"
+                )
+
+    def _check_means(self, outputs: Sequence[int]) -> None:
+        """A mean of other than 2, 4, 8, ... values ends nowhere behind the point, unless it is rounded."""
+
+        def ends(i: int) -> bool:
+            step = self.steps[i]
+            if step.rounds or i in outputs or step.op not in ("average_pool", "relu", "clamp"):
+                return step.rounds
+            return all(ends(k) for k, reader in enumerate(self.steps) if i in reader.inputs)
+
+        for i, step in enumerate(self.steps):
+            count = step.settings.get("count", 1)
+            if count & (count - 1) and not ends(i):
+                raise LowbitError(
+                    f"'{step.name}' divides by {count}, and nothing rounds what comes out; let a layer read "
+                    "it, or average over a window of 2, 4, 8, ... values"
                 )
 
     # --- steps
@@ -168,7 +190,8 @@ class _Lowering:
         fine = fraction + weight.type.fraction
         bias = None if layer.bias is None else _bias(layer.bias.detach(), fine, name)
         low, high = weighted_bounds(weight.codes, None if bias is None else bias.codes, low, high)
-        op, settings = ("dense", {}) if isinstance(layer, QLinear) else ("conv", _conv_settings(layer, name))
+        dense = isinstance(layer, QLinear)
+        op, settings = "dense" if dense else "conv", {} if dense else convolution_window(layer, name)
         step = Step(name, op, (at,), _shape(node), _BIT, weight=weight, bias=bias, settings=settings)
         return self._append(_exact(step, (low, high, fine)))
 
@@ -220,19 +243,34 @@ class _Lowering:
         return self._computed(node, "concat", parts, axis=axis)
 
     def _average(self, node: fx.Node) -> int:
-        at = self._read(node, node.args[0])
-        size = self.steps[at].shape[1:]
-        window = (size, size, (0,) * len(size), True) if is_global_pool(node) else average_window(node)
-        if window is None:
-            self._refuse(node)
-        kernel, stride, padding, padded = window
-        count = math.prod(kernel)
-        if count & (count - 1) or (any(padding) and not padded):
+        at, name = self._read(node, node.args[0]), _name(node)
+        window = average_window_of(node, name)
+        count, (_, _, fraction) = math.prod(window["kernel"]), self._bounds(at)
+        finer = count.bit_length() - 1
+        if count & (count - 1):
+            # no mean is so near to where rounding turns that what is dropped matters
+            behind = [q for q in quantizers_behind(node) if q.mode == "quantize"]
+            halves = [self._type(q, f"the values behind '{name}'").fraction + 1 for q in behind]
+            finer = max([fraction, *halves]) + count.bit_length() - fraction
+        i = self._computed(node, "average_pool", [at], **window, count=count, finer=finer)
+        mean = self.steps[i]
+        _exact(mean, (mean.low * count, mean.high * count, mean.fraction))  # its sums have a type, too
+        return i
+
+    def _softmax(self, node: fx.Node) -> int:
+        at, name = self._read(node, node.args[0]), _name(node)
+        module = module_of(node) if node.op == "call_module" else None
+        given = dict(zip(("dim",), node.args[1:], strict=False)) | dict(node.kwargs)
+        axis = given.get("dim") if module is None else getattr(module, "dim", None)
+        if len(self.steps[at].shape) != 1 or axis not in (None, 1, -1):
             raise LowbitError(
-                f"'{_name(node)}' divides by {count}, and hardware divides by shifting; average over a "
-                "window of 2, 4, 8, ... values, without padding"
+                f"'{name}' is a softmax along axis {axis} of samples {[*self.steps[at].shape]}; hardware "
+                "takes one over a vector: leave it out of the part that is exported"
             )
-        return self._computed(node, "average_pool", [at], kernel=kernel, stride=stride, padding=padding)
+        found = tables(self.steps[at].shape[0], *self._bounds(at))
+        i = self._computed(node, "softmax", [at], **found)
+        self.steps[i] = self.steps[i].rounded_to(SHARE)
+        return i
 
     def _move(self, node: fx.Node) -> int:
         at, kind = self._read(node, node.args[0]), label(node).lower()
@@ -246,7 +284,7 @@ class _Lowering:
         if kind in _TRANSPOSES:
             return self._computed(node, "transpose", [at], axes=self._axes(node))
         if kind in _MAX_POOLS:
-            return self._computed(node, "max_pool", [at], **self._max_pool(node))
+            return self._computed(node, "max_pool", [at], **max_window(node, _name(node)))
         return self._refuse(node)
 
     def _axes(self, node: fx.Node) -> tuple[int, ...]:
@@ -257,27 +295,11 @@ class _Lowering:
         axes = tuple(n - 2 for n in evaluate(self.gm, node, args, node.kwargs).shape)
         return axes[1:] if axes[0] == 0 else self._refuse(node)
 
-    def _max_pool(self, node: fx.Node) -> dict[str, Any]:
-        if node.op == "call_module":
-            given = {name: getattr(module_of(node), name) for name in _POOL}
-        else:
-            given = dict(zip(_POOL, node.args[1:], strict=False)) | dict(node.kwargs)
-        dims = node.meta["value"].ndim - 2
-        kernel = _each(given["kernel_size"], dims)
-        stride = _each(given.get("stride") or kernel, dims)
-        padded = any(_each(given.get("padding", 0), dims))
-        spread = set(_each(given.get("dilation", 1), dims)) != {1}
-        if padded or spread or given.get("ceil_mode") or given.get("return_indices"):
-            raise LowbitError(
-                f"'{_name(node)}': max pooling in hardware has no padding, dilation or rounding up; drop them"
-            )
-        return {"kernel": kernel, "stride": stride}
-
     def _refuse(self, node: fx.Node) -> NoReturn:
         raise LowbitError(
             f"'{_name(node)}' ({label(node)}) has no fixed-point form; hardware takes Linear, Conv1d, "
-            "Conv2d, ReLU, max and average pooling, addition, concatenation and reshaping: leave it out of "
-            "the part of the network that is exported, such as a softmax at the end"
+            "Conv2d, ReLU, max and average pooling, addition, concatenation, reshaping and a softmax at the "
+            "end: leave it out of the part of the network that is exported"
         )
 
 
@@ -294,6 +316,12 @@ def _exact(step: Step, bounds: Bounds) -> Step:
     return Step(**{**vars(step), "type": held, "low": low, "high": high, "fraction": fraction})
 
 
+def _kind(node: fx.Node) -> str:
+    """As integer kernels have it; what they lack goes by its name."""
+    kind = kind_of(node)
+    return label(node).lower() if kind == "float" else kind
+
+
 def _name(node: fx.Node) -> str:
     return str(node.meta.get("name", node.name))
 
@@ -301,10 +329,6 @@ def _name(node: fx.Node) -> str:
 def _shape(node: fx.Node) -> tuple[int, ...]:
     """Of one sample."""
     return tuple(node.meta["value"].shape[1:])
-
-
-def _each(value: Any, dims: int) -> tuple[int, ...]:
-    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def _bits_behind(value: float) -> int:
@@ -339,17 +363,3 @@ def _bias(bias: Tensor, fraction: int, name: str) -> Constant:
         )
     held = FixedPoint.holding(int(codes.min()), int(codes.max()), fraction)
     return Constant(codes, FixedPoint(held.width, held.integer, held.signed, "half_even", "saturate"))
-
-
-def _conv_settings(layer: nn.Module, name: str) -> dict[str, Any]:
-    if layer.padding_mode != "zeros":
-        raise LowbitError(f"'{name}' pads with {layer.padding_mode}; hardware pads with zeros")
-    kernel, dilation = tuple(layer.kernel_size), tuple(layer.dilation)
-    padding: Any = layer.padding
-    if isinstance(padding, str):
-        both = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        if padding == "same" and any(n % 2 for n in both):
-            raise LowbitError(f"'{name}' pads more at the end than at the start; use an odd kernel")
-        padding = tuple(n // 2 if padding == "same" else 0 for n in both)
-    rest = {"stride": tuple(layer.stride), "dilation": dilation, "groups": int(layer.groups)}
-    return {"kernel": kernel, "padding": tuple(padding), **rest}

@@ -1,7 +1,8 @@
 """A network as a list of steps on whole numbers, each of a fixed-point type: what every back end reads.
 
-Nothing here is floating point but what goes in and what comes out. A step computes exactly; where it `rounds`
-its result is then cast to its type.
+Nothing here is floating point but what goes in and what comes out. A step computes exactly, a softmax by its
+tables and a mean to more bits than those who read it tell apart; where it `rounds` its result is then cast to
+its type.
 """
 
 from __future__ import annotations

@@ -316,7 +316,15 @@ class Quantizer(nn.Module):
         """Take the scale that is there, of any shape; a float checkpoint has none, and this one stays.
 
         With a scale the quantizer quantizes, and goes on learning where the saved one was learning.
+
+        Raises:
+            LowbitError: the saved one was learning its width, and this one is not.
         """
+        if f"{prefix}fraction" in state_dict and getattr(self, "fraction", None) is None:
+            raise LowbitError(
+                f"the state has a learned width for '{prefix[:-1]}', and this model learns none; freeze the "
+                "model that learned it, and use lowbit.save and lowbit.load"
+            )
         saved = state_dict.get(prefix + "scale")
         if saved is not None and (saved.numel() or self.spec.kind == "float"):
             self.observer, self.mode = None, "quantize"

@@ -124,7 +124,14 @@ class WidthQuantizer(Quantizer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         saved = state_dict.get(f"{prefix}fraction")
-        if saved is None or self.fraction is None:
+        if self.fraction is None:
+            return
+        if saved is None:
+            if f"{prefix}scale" in state_dict:
+                raise LowbitError(
+                    f"the state has a scale for '{prefix[:-1]}' and no learned width, which this model has; "
+                    "load it before lowbit.hardware.widths.learn_widths"
+                )
             return
         if saved.shape == self.fraction.shape:
             self.fraction.data = saved.detach().clone().to(self.fraction)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx, nn
 
 from lowbit.core.affine import power_of_two
 from lowbit.core.integer import bias_codes
-from lowbit.graph.match import calls, input_quantizer, layer_nodes, quantizers_behind
+from lowbit.graph.match import input_quantizer, layer_nodes, quantizers_behind
 from lowbit.graph.ops import module_of
 from lowbit.nn.layers import QLayer, kernel_bits
 from lowbit.nn.quantizer import Quantizer
@@ -19,24 +21,43 @@ def settle_biases(gm: fx.GraphModule) -> None:
     """Put biases on the grid of 32-bit codes at the scale of the accumulator, in place.
 
     A channel so small that its bias would not fit gets a larger scale. A layer called once keeps the rounded
-    bias, so that the simulation adds what the kernel adds. Where a sign is read from the sums, no bias is a
-    multiple of what one product of codes adds: a sum of exactly zero, which floats miss by a hair on either
-    side, then cannot be.
+    bias, so that the simulation adds what the kernel adds; so does one of powers of two that is called more
+    often, for the steps of its coarsest accumulator are whole steps of each. Where a sign is read from the
+    sums, no bias is a multiple of what one product of codes adds: a sum of exactly zero, which floats miss by
+    a hair on either side, then cannot be.
     """
-    counts = calls(gm)
+    read = _sources(gm)
     for node in layer_nodes(gm):
         layer, source = module_of(node), input_quantizer(node)
         if not isinstance(layer, QLayer) or layer.frozen_spec is not None or source is None:
             continue
+        coarsest = _coarsest(layer, read[layer])
+        source = coarsest or source
         quantizer, signs = layer.weight_quantizer, any(q.spec.is_binary for q in quantizers_behind(node))
         integer = quantizer.spec.kind == "int" and source.spec.kind == "int" and not quantizer.spec.split
-        once = counts[id(layer)] == 1
+        once = len(read[layer]) == 1 or coarsest is not None
         if not integer or source.scale.numel() != 1:
             continue
         if getattr(layer, "bias", None) is None and signs and once:
             layer.bias = nn.Parameter(torch.zeros(_outputs(node), device=quantizer.scale.device))
         if layer.bias is not None:
             _settle(layer, source, once=once, signs=signs)
+
+
+def _sources(gm: fx.GraphModule) -> dict[nn.Module, list[Quantizer | None]]:
+    """What each call of a layer reads."""
+    found: dict[nn.Module, list[Quantizer | None]] = {}
+    for node in layer_nodes(gm):
+        found.setdefault(module_of(node), []).append(input_quantizer(node))
+    return found
+
+
+def _coarsest(layer: QLayer, sources: Sequence[Quantizer | None]) -> Quantizer | None:
+    """The source of largest steps, where all steps are powers of two."""
+    known = [s for s in sources if s is not None and s.spec.scale == "pow2" and s.scale.numel() == 1]
+    if layer.weight_quantizer.spec.scale != "pow2" or len(known) < len(sources):
+        return None
+    return max(known, key=lambda s: float(s.scale))
 
 
 def _settle(layer: QLayer, source: Quantizer, *, once: bool, signs: bool) -> None:

@@ -26,6 +26,7 @@ from lowbit.core.fixed import FixedPoint
 from lowbit.errors import LowbitError
 from lowbit.graph.build import Call, build
 from lowbit.hardware.program import Program, Step
+from lowbit.hardware.softmax import SHARE
 
 __all__ = ["IO", "NOTE", "configuration", "plain_network", "run_project", "shapes_of", "write_project"]
 
@@ -57,7 +58,12 @@ def configuration(
     Raises:
         LowbitError: a name of a type that is none, a field that layers do not have.
     """
-    table = _precisions(layers) if isinstance(layers, Program) else _checked(layers)
+    steps: dict[str, Step] = {}
+    if isinstance(layers, Program):
+        _, steps = plain_network(layers)
+        table = {name: _precision(step) for name, step in steps.items()}
+    else:
+        table = _checked(layers)
     order = "full" if io == "io_parallel" else "internal"
     model = {
         "Precision": {"default": str(default)},
@@ -69,7 +75,7 @@ def configuration(
         "TraceOutput": False,
     }
     found = {
-        name: {"Precision": precision, "ReuseFactor": reuse, "Strategy": strategy}
+        name: {"Precision": precision, "ReuseFactor": reuse, "Strategy": strategy, **_tables(steps.get(name))}
         for name, precision in table.items()
     }
     return {"Model": model, "LayerName": found}
@@ -85,19 +91,41 @@ def _checked(widths: Widths) -> dict[str, dict[str, str]]:
     return found
 
 
-def _precisions(program: Program) -> dict[str, dict[str, str]]:
-    """Types by the names that hls4ml gives to the layers of `plain_network`."""
-    _, names = plain_network(program)
-    return {name: _precision(step) for name, step in names.items()}
-
-
 def _precision(step: Step) -> dict[str, str]:
     result = {"result": str(step.type)}
     if step.weight is not None:
         bias = _NO_BIAS if step.bias is None else step.bias.type
         rest = {} if step.rounds else {"result": "auto"}
         return {"weight": str(step.weight.type), "bias": str(bias), "accum": "auto", **(rest or result)}
-    return {"accum": "auto", **result} if step.op.endswith("pool") else result
+    if step.op == "max_pool":
+        return {"accum": "auto", **result}
+    if step.op == "average_pool":
+        # it sums and divides in one type: the "auto" one has too few bits behind the point
+        count = step.settings["count"]
+        return {
+            "accum": str(FixedPoint.holding(step.low * count, step.high * count, step.fraction)),
+            **result,
+        }
+    if step.op == "softmax":
+        (classes,) = step.shape
+        return {"accum": str(FixedPoint.holding(0, classes << SHARE.fraction, SHARE.fraction)), **result}
+    return result
+
+
+def _tables(step: Step | None) -> dict[str, Any]:
+    """What hls4ml asks of the tables of a softmax; left to itself it lets half of the distances wrap."""
+    if step is None or step.op != "softmax":
+        return {}
+    distance, total = step.settings["distance"], step.settings["total"]
+    return {
+        "Implementation": "stable",
+        "exp_table_size": 1 << distance.width,
+        "inv_table_size": 1 << total.width,
+        "inp_norm_t": str(distance),
+        "inv_inp_t": str(total),
+        "exp_table_t": str(SHARE),
+        "inv_table_t": str(SHARE),
+    }
 
 
 def plain_network(program: Program) -> tuple[nn.Module, dict[str, Step]]:
@@ -156,7 +184,10 @@ def _module(program: Program, step: Step) -> nn.Module:
     if step.op == "max_pool":
         return {1: nn.MaxPool1d, 2: nn.MaxPool2d}[len(settings["kernel"])](*_sizes(settings))
     if step.op == "average_pool":
-        return nn.AvgPool2d(*_sizes(settings), padding=settings["padding"])
+        kind = {1: nn.AvgPool1d, 2: nn.AvgPool2d}[len(settings["kernel"])]
+        return kind(*_sizes(settings), padding=settings["padding"])
+    if step.op == "softmax":
+        return nn.Softmax(-1)
     if step.op == "dense":
         if len(source.shape) > 1:
             raise LowbitError(
@@ -220,6 +251,8 @@ def write_project(
         raise LowbitError(f"'{folder}' exists already; name another folder, or remove it first")
     if not folder.parent.is_dir():
         raise LowbitError(f"'{folder}' cannot be made: there is no folder '{folder.parent}'; create it first")
+    if io == "io_stream":
+        _check_streamed(program)
     config = configuration(program, io=io, **options)
     model, _ = plain_network(program)
     shapes = [step.shape for step in program.inputs]
@@ -233,6 +266,19 @@ def write_project(
             folder.rmdir()
         shutil.move(made, folder)
     return folder
+
+
+def _check_streamed(program: Program) -> None:
+    """What hls4ml's streams only assert when they run, and then end the process."""
+    for step in program.steps:
+        if not step.op.endswith("pool"):
+            continue
+        kernel, stride = step.settings["kernel"], step.settings["stride"]
+        if kernel != stride or any(step.settings.get("padding", ())):
+            raise LowbitError(
+                f"'{step.name}' pools windows of {[*kernel]} every {[*stride]} values, or pads; in io_stream "
+                "hls4ml takes windows side by side, without padding: use io='io_parallel'"
+            )
 
 
 def _set_home(path: Path, folder: Path) -> None:

@@ -116,7 +116,7 @@ def hls4ml_from_qonnx(
     from qonnx.util.cleanup import cleanup_model
 
     proto = _read(path)
-    _check_for_hls4ml(proto.graph)
+    _check_for_hls4ml(proto.graph, io)
     with contextlib.redirect_stdout(StringIO()), _readable_by_runtime():
         model = cleanup_model(ModelWrapper(proto))
         if any(node.op_type in ("Conv", "MaxPool") for node in proto.graph.node):
@@ -132,7 +132,7 @@ def hls4ml_from_qonnx(
         )
 
 
-def _check_for_hls4ml(graph: Any) -> None:
+def _check_for_hls4ml(graph: Any, io: str) -> None:
     shapes = {value.name: _shape(value) for value in (*graph.value_info, *graph.output)}
     for node in graph.node:
         found, what = _attributes(node), ""
@@ -140,6 +140,10 @@ def _check_for_hls4ml(graph: Any) -> None:
             what = "a clamp; use ReLU"
         elif node.op_type == "MaxPool" and len(found["kernel_shape"]) == 1:
             what = "max pooling along one axis; use MaxPool2d"
+        elif node.op_type == "MaxPool" and io == "io_stream" and found["strides"] != found["kernel_shape"]:
+            what = "windows that overlap in io_stream, where they end the process; use io='io_parallel'"
+        elif node.op_type == "Div":
+            what = "a mean of other than 2, 4, 8, ... values; export it with lowbit.export.hls4ml"
         elif node.op_type == "MatMul" and len(shapes[node.input[0]]) > 2:
             what = "a Linear on more than vectors; use a Conv1d with a kernel of 1"
         elif node.op_type == "Conv" and set(found["dilations"]) != {1}:
@@ -220,6 +224,11 @@ def _with_batch(proto: Any, size: int) -> Any:
 
 
 def _check(step: Step, read: Sequence[Step]) -> None:
+    if step.op == "softmax":
+        raise LowbitError(
+            f"'{step.name}' is a softmax of look-up tables, and QONNX has no tables; leave it out, for the "
+            "order of the classes is that of the logits"
+        )
     if step.rounds:
         _check_type(step)
     steps = _largest(step, read)

@@ -5,7 +5,6 @@ real = Quant(x) = clip(round(x / s), qmin, qmax) s, with s = 2^-F for a type of 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -202,12 +201,19 @@ def _max_pool(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
 
 
 def _average_pool(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:
-    """A convolution of each channel with 2^-k: hls4ml takes no AveragePool from these files."""
-    kernel, channels = step.settings["kernel"], step.shape[0]
-    k = math.prod(kernel).bit_length() - 1
+    """A convolution of each channel with 2^-k, and for other means a division.
+
+    hls4ml takes no AveragePool from these files. A quotient in float32 is rounded as the exact one is.
+    """
+    kernel, channels, count = step.settings["kernel"], step.shape[0], step.settings["count"]
+    exact = count & (count - 1) == 0
+    k = count.bit_length() - 1 if exact else 0
     shares = Constant(torch.ones(channels, 1, *kernel, dtype=torch.long), FixedPoint(1, 1 - k, signed=False))
     weight = to.typed(shares, f"{name}_weight", shares.real())
-    return to.node("Conv", [*read, weight], name, step.shape, group=channels, **_window(step))
+    sums = to.node("Conv", [*read, weight], name, step.shape, group=channels, **_window(step))
+    if exact:
+        return sums
+    return to.node("Div", [sums, to.constant(f"{name}_count", np.float32(count))], f"{name}_mean", step.shape)
 
 
 def _clamp(to: _Writer, step: Step, name: str, read: Sequence[str]) -> str:

@@ -93,7 +93,10 @@ class _Tracer:
                 values.append(_fresh(step))
                 continue
             if step.op not in self.kinds:
-                raise LowbitError(f"'{step.name}' is {step.op}, which has no Verilog here")
+                raise LowbitError(
+                    f"'{step.name}' is a {step.op}, which has no Verilog here; leave it out, for the order "
+                    "of the classes is that of the logits"
+                )
             values.append(self._finished(step, self.kinds[step.op](step, self._read(step, values))))
         return values
 
@@ -177,7 +180,29 @@ class _Tracer:
         return _reduced(step, read[0], lambda a, b: a.max_of(b))
 
     def _average_pool(self, step: Step, read: list[Symbols]) -> Symbols:
-        return _reduced(step, read[0], lambda a, b: a + b)
+        sums, count = _reduced(step, read[0], lambda a, b: a + b), step.settings["count"]
+        if count & (count - 1) == 0:
+            return sums
+        return _each(sums * 2 ** step.settings["finer"], lambda s: self._divided(step, s, count))
+
+    def _divided(self, step: Step, symbol: Symbol, count: int) -> Symbol:
+        """floor(symbol / count), by the product with a reciprocal that is exact for so many bits.
+
+        With 0 <= n < 2^N and m = ceil(2^k / d), k = N + ceil(log2 d): floor(n / d) = floor(n m / 2^k)
+        (Granlund and Montgomery 1994).
+        """
+        below = -(min(int(symbol.low), 0) // count)
+        raised = symbol + below * count
+        bits = int(raised.high).bit_length()
+        k = bits + (count - 1).bit_length()
+        factor = -(-(1 << k) // count)
+        if factor.bit_length() > MAX_WEIGHT or bits + factor.bit_length() > MAX_SUM:
+            raise LowbitError(
+                f"'{step.name}' divides sums of {bits} bits by {count}, which takes more than {MAX_SUM} "
+                "bits; average over 2, 4, 8, ... values, or use fewer bits"
+            )
+        (product,) = self._product(_array([raised]), np.array([[factor]]))
+        return _floor(product, k) - below
 
 
 # --- arrays of symbols
