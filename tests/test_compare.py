@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import FP16, INT4, INT8, UINT8, LowbitError, PerChannel, QuantSpec, Recipe, Rule
+from lowbit import FP16, INT4, INT8, UINT8, LowbitError, PerChannel, QuantSpec, Recipe, Rule, preset
 from lowbit.compare import compare
 
 W8A8 = Recipe(rules=(Rule(weight=INT8, activation=UINT8),))
@@ -84,10 +84,11 @@ def test_every_number_by_hand() -> None:
     assert c.ratio == pytest.approx(c.float_bytes / c.quantized_bytes)
 
 
+# layers that make good what the ones before them lost, as GPTQ's do, are no better alone
 RECIPES = {
     "w8a8": "w8a8",
-    "w4a8, equalized": "w4a8",
-    "w4": "w4",
+    "w4a8, equalized": replace(preset("w4a8"), refine=("affine_correct",)),
+    "w4": replace(preset("w4"), refine=("affine_correct",)),
     "fp16": "fp16",
     "fp16 activations": Recipe(rules=(Rule(weight=FP16, activation=FP16),)),
     "activations per channel": Recipe(

@@ -84,14 +84,11 @@ FLOAT: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
         NO_KERNEL,
         "write it with Linear layers and scaled_dot_product_attention",
     ),
-    "TransformerEncoderLayer": (
-        lambda: Fn(lambda m, x: m.layer(x[:, 0]), layer=nn.TransformerEncoderLayer(8, 2, 8)),
-        "layer",
-        NO_KERNEL,
-        "write it with Linear layers and scaled_dot_product_attention",
-    ),
     "scaled_dot_product_attention": (
-        lambda: Fn(lambda m, x: m.out(F.scaled_dot_product_attention(*m.qkv(x).chunk(3, -1))), **SEQUENCE),
+        lambda: Fn(
+            lambda m, x: m.out(F.scaled_dot_product_attention(*m.qkv(x).chunk(3, -1), enable_gqa=True)),
+            **SEQUENCE,
+        ),
         "scaled_dot_product_attention",
         NO_KERNEL,
         "write attention with matmul and softmax to quantize its products",
@@ -111,7 +108,6 @@ FLOAT: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
 @pytest.mark.parametrize("name", FLOAT)
 def test_what_stays_in_float(name: str) -> None:
     build, where, why, cure = FLOAT[name]

@@ -176,21 +176,37 @@ class Mixed(nn.Module):
 
 
 IDS = torch.randint(0, 20, (32, 6))
+# the residual stream, as far as LayerNorm reads it, and what evens the inputs of layers
+STREAM = {
+    "norm",
+    "softmax",
+    "mlp.0",
+    "mlp.2",
+    "add",
+    "add#2",
+    "smoothing.norm",
+    "smoothing.mlp_0",
+    "smoothing.mlp_2",
+}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
     "attention as plain operations": (
         lambda: Transformer(False),
         X,
-        {"norm", "truediv", "softmax", "mlp.0", "mlp.2"},
+        {*STREAM, "truediv"},
     ),
     "scaled_dot_product_attention": (
         lambda: Transformer(True),
         X,
-        {"norm", "scaled_dot_product_attention", "mlp.0", "mlp.2"},
+        {*STREAM, "mul"},
     ),
     "U-Net, transposed": (lambda: UNet(False), X, set()),
     "U-Net, nearest neighbour": (lambda: UNet(True), X, set()),
     "LSTM": (lambda: Mixed(nn.LSTM(16, 16, batch_first=True)), IDS, {"middle"}),
-    "MultiheadAttention": (lambda: Mixed(nn.MultiheadAttention(16, 4, batch_first=True)), IDS, {"middle"}),
+    "MultiheadAttention": (
+        lambda: Mixed(nn.MultiheadAttention(16, 4, batch_first=True)),
+        IDS,
+        {"middle.mul", "middle.softmax"},
+    ),
 }
 
 

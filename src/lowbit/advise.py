@@ -22,6 +22,7 @@ from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
 from lowbit.passes.calibrate import batches
+from lowbit.passes.smooth import factors_in
 from lowbit.progress import track
 from lowbit.ptq import float_graph
 
@@ -222,7 +223,7 @@ def _spread_channels(model: nn.Module, q: QuantizedModel) -> Advice | None:
     layers = {path: layer for path, layer in layers.items() if _is_per_tensor_conv(layer)}
     if not layers:
         return None
-    twin, _ = float_graph(model, q.recipe, q.example)
+    twin, _ = float_graph(model, q.recipe, q.example, factors_in(q.graph))
     rows = [(p, *_spread_and_gain(m, twin.get_parameter(f"{p}.weight"))) for p, m in layers.items()]
     spread, gain = median(r[1] for r in rows), median(r[2] for r in rows)
     if spread <= SPREAD:

@@ -22,6 +22,7 @@ from lowbit.graph.structure import first_difference, structure_of
 from lowbit.model import QuantizedModel
 from lowbit.nn.layers import QLayer
 from lowbit.passes.calibrate import batches
+from lowbit.passes.smooth import factors_in
 from lowbit.progress import track
 from lowbit.ptq import float_graph
 from lowbit.recipe import SPECS, Recipe, Rule
@@ -138,7 +139,7 @@ def compare(
     expect(q, QuantizedModel, "q", "call compare(model, q, data): the float model comes first")
     if metric is not None and not callable(metric):
         raise LowbitError(f"metric={metric!r} is not a function; pass metric(output, label) -> number")
-    twin, _ = float_graph(model, q.recipe, q.example)
+    twin, _ = float_graph(model, q.recipe, q.example, factors_in(q.graph))
     difference = first_difference(structure_of(q.graph), structure_of(twin))
     if difference is not None:
         difference = difference.replace("the file", "the quantized model")

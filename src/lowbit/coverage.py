@@ -12,6 +12,7 @@ from lowbit.graph.ops import INTEGER, adds_mask, is_tensor, kind_of, label, modu
 from lowbit.graph.trace import Note
 from lowbit.nn.layers import BoundLayer, QLayer, obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
+from lowbit.nn.scale import Scale
 from lowbit.tables import text_table
 
 __all__ = ["Coverage", "Row", "coverage_of"]
@@ -87,7 +88,7 @@ def _row(node: fx.Node) -> Row | None:
         return _layer_row(node, name, op)
     output = _output(node)
     if kind in INTEGER:
-        if _all_integer(node) and output != "float":
+        if _all_integer(node) and (output != "float" or kind == "matmul"):
             return Row(name, op, "integer", inputs=_inputs(node), output=output)
         why, cure = _why_not_integer(node)
         return Row(name, op, "float", output=output, why=why, cure=cure)
@@ -156,6 +157,9 @@ def _why_not_integer(node: fx.Node) -> tuple[str, str]:
     found = [quantizer_of(source) for source in tensor_inputs(node)]
     if any(q is not None and _unreached(node, q) for q in found):
         return "no calibration data reached it", "calibrate on data that does"
+    asked = {d.name for d in node.graph.owning_module.meta.get("decisions", ()) if d.activation is not None}
+    if kind_of(node) in ("add", "mul") and rule_name(node) in asked:
+        return "only operations in float read it, so that rounding it gains nothing", ""
     weight = ", weight=INT8" if kind_of(node) == "layer" else ""
     return "no rule asks for its activations", f"Rule(match='{rule_name(node)}'{weight}, activation=UINT8)"
 
@@ -226,6 +230,8 @@ def _why_clamp(node: fx.Node) -> str:
 
 
 def _why_module(module: nn.Module) -> str:
+    if isinstance(module, Scale):
+        return "evens the channels of what the layers behind it read"
     if hasattr(module, "parametrizations"):
         return "its weight is computed by a parametrization"
     return (obstacle(module) if quantized_layer(type(module)) else "") or "no integer kernel for it"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lowbit.core.rounding import Gain
 from lowbit.cost import Cost, cost_of
 from lowbit.coverage import Coverage, coverage_of
 from lowbit.errors import LowbitError
@@ -33,6 +34,13 @@ class Step:
     before_db: float | None = None
     after_db: float | None = None
     kept: bool = True
+    # of steps that go from layer to layer: what each gained
+    layers: tuple[Gain, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Step:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(**{**data, "layers": tuple(Gain(**gain) for gain in data.get("layers", ()))})
 
     def __str__(self) -> str:
         gain = "" if self.after_db is None else f" [{self.before_db:.2f} -> {self.after_db:.2f} dB]"

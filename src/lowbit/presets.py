@@ -63,7 +63,7 @@ def preset(
     `w1` to `w3` are odd (-3, -1, 1 and 3): as many on either side. Activations of one bit are signs, behind a
     ReLU 0 and 1. `ternary`, `ternarya8` and so on have weights of -1, 0 and 1; `b1.58` has them with the mean
     magnitude of the tensor for the scale, whatever the granularity, and 8-bit activations. BatchNorm is kept
-    for training and folded at freeze.
+    for training and folded at freeze. Without training, weights below 8 bits are rounded by GPTQ.
 
     `fixed8`, `fixed6` and so on, up to 16 bits, are fixed point for hardware: one power of two for each
     tensor, first and last layer too; no zero point, and no sign behind a ReLU; BatchNorm folded at once.
@@ -92,7 +92,7 @@ def preset(
     activation = UINT8 if inputs else None
     weight = replace(INT8, granularity=where)
     wide = Rule(weight=weight, activation=activation, observer=observer, estimator=estimator)
-    more: dict[str, Any] = {"fold_bn": "after", "refine": ("affine_correct",)}
+    more: dict[str, Any] = {"fold_bn": "after", "refine": ("affine_correct",), "smooth": True}
     if bits == 8 and inputs in (8, None):
         return Recipe(rules=(wide,), equalize=where == PerTensor(), **more)
     # a group size that suits the inner layers rarely divides the inputs of the first
@@ -100,7 +100,7 @@ def preset(
     edge = replace(edge, reason=_EDGES)
     edges = tuple(replace(edge, match=f"role:{role}") for role in ("first", "last"))
     codes = replace(TERNARY, granularity=where) if found[1] is None else _odd_when_few(bits, where)
-    narrow = replace(wide, weight=codes)
+    narrow, more["refine"] = replace(wide, weight=codes), ("gptq",)
     rules: tuple[Rule, ...] = (*edges, narrow)
     if inputs and inputs < 8:
         read = SIGN if inputs == 1 else replace(UINT8, bits=inputs)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lowbit.core.qtensor import sqnr_db
+from lowbit.core.rounding import Gain
 from lowbit.errors import LowbitError, expect
 from lowbit.graph.rewrite import clone
 from lowbit.graph.run import flat_tensors, noise_and_signal, peak_bytes
 from lowbit.graph.trace import Inputs, Note, trace
+from lowbit.ladder import Metric, climb
 from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
@@ -23,7 +28,9 @@ from lowbit.passes.calibrate import batches
 from lowbit.passes.equalize import equalize
 from lowbit.passes.fold_bn import fold_bn, fold_later, fold_quantized
 from lowbit.passes.place import place, resolve
+from lowbit.passes.reconstruct import round_layers
 from lowbit.passes.settle_biases import settle_biases
+from lowbit.passes.smooth import Factors, smooth, smoothing_factors
 from lowbit.recipe import Recipe
 from lowbit.scales import calibrate_for_training, choose_scales
 
@@ -36,6 +43,10 @@ NEVER_NEGATIVE = (
 # Corrections hold the activations of their samples in memory; this bounds them.
 SAMPLE_BYTES = 1 << 30
 MAX_SAMPLES = 512
+# Samples that may say at once that a trial is not worth more.
+FEW = 64
+# how much of what is uneven smoothing takes from the activations: those tried
+STRENGTHS = (0.5, 0.8)
 
 
 def quantize(
@@ -45,25 +56,40 @@ def quantize(
     *,
     num_batches: int | None = None,
     example_inputs: Any = None,
+    metric: Metric | None = None,
+    max_drop: float = 0.5,
+    bits: int = 8,
 ) -> QuantizedModel:
     """Post-training quantization in one call. The model is left as it was.
 
-    Trace, fold BatchNorm, equalize, place quantizers, calibrate, correct biases, freeze. Equalization and
-    corrections are kept only when they raise the SQNR of the output on the calibration data; `result.steps`
-    says what each did.
+    Trace, fold BatchNorm, equalize, smooth, place quantizers, calibrate, correct biases, freeze. What evens
+    ranges, and what corrects, is kept only when it raises the SQNR of the output on the calibration data;
+    `result.steps` says what each did.
 
     Args:
         model: any nn.Module; it is evaluated, never trained.
-        recipe: a preset ("w8a8", "w8", "w4a8", "w4", "fp16"), a Recipe, or the path of a YAML file.
+        recipe: a preset ("w8a8", "w8", "w4a8", "w4", "fp16"), a Recipe, or the path of a YAML file. Or
+            "auto": recipes are tried from the cheapest to the dearest, and the first that holds is taken.
         calibration: a DataLoader, a list, or any iterable of tensors, tuples (the first element is the input)
             or dicts (keyword arguments). Labels are never needed. Without it only weights can be quantized.
         num_batches: how many batches of it to use; all by default.
         example_inputs: one batch, for tracing, when there is no calibration data.
+        metric: of "auto": what is compared, larger is better; it is given the float model and quantized ones.
+        max_drop: of "auto": how much of the metric may be lost, in its own units.
+        bits: of "auto": of weights, but for the first and last layer and those that turn out to need more.
 
     Raises:
         LowbitError: activations are to be quantized without data, a rule matches nothing, the model does not
             run.
     """
+    if recipe == "auto":
+        if metric is None or calibration is None:
+            raise LowbitError(
+                "'auto' compares recipes on your data; pass calibration=... and metric=..., a function of a "
+                "model, such as its accuracy"
+            )
+        data = list(batches(calibration, num_batches))
+        return climb(model, partial(quantize, model, calibration=data), metric, max_drop=max_drop, bits=bits)
     recipe = Recipe.get(recipe)
     if recipe.fold_bn == "after":  # without training in between it is the same, and corrections see the fold
         recipe = replace(recipe, fold_bn="before")
@@ -85,12 +111,15 @@ def quantize(
             "the calibration data holds no batch with a sample; pass at least one (100 samples are wise)"
         )
 
-    base, notes = float_graph(model, replace(recipe, equalize=False), example)
+    plain = replace(recipe, equalize=False, smooth=False)
+    base, notes = float_graph(model, plain, example)
     trial = _Trial.on(base, example, notes, calibration, num_batches)
-    q, reference = trial.calibrated(base, replace(recipe, equalize=False)), base
+    q, reference = trial.calibrated(base, plain), base
     quality = trial.quality(q.graph)
     if recipe.equalize:
         q, reference, quality = trial.equalize(q, base, quality)
+    if recipe.smooth:
+        q, reference, quality = trial.smooth(q, reference, quality)
     for step in recipe.refine:
         q, quality = trial.refine(step, q, reference, quality)
     return freeze(q)
@@ -102,10 +131,12 @@ def prepare(model: nn.Module, recipe: str | Recipe, example_inputs: Any) -> Quan
     The latent weights keep their names, so with BatchNorm kept (`fold_bn="after"`, as in the presets)
     `load_state_dict` takes a checkpoint of the float model.
 
+    Smoothing, which needs data before quantizers are placed, is left to `quantize`.
+
     Args:
         example_inputs: one batch, as calibration data has them.
     """
-    recipe, example = Recipe.get(recipe), Inputs.of(example_inputs)
+    recipe, example = replace(Recipe.get(recipe), smooth=False), Inputs.of(example_inputs)
     gm, notes = float_graph(model, recipe, example)
     return assemble(gm, recipe, example, notes)
 
@@ -165,10 +196,15 @@ def freeze(q: QuantizedModel) -> QuantizedModel:
     return q.eval()
 
 
-def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.GraphModule, list[Note]]:
+def float_graph(
+    model: nn.Module, recipe: Recipe, example: Inputs, factors: Factors | None = None
+) -> tuple[fx.GraphModule, list[Note]]:
     """The float model as the recipe prepares it: traced, folded, equalized; the quantized one's twin.
 
     A scale that is a power of two cannot take up a factor: BatchNorm behind such a weight is folded at once.
+
+    Args:
+        factors: of smoothing, as they were found on data; without them all are 1.
     """
     expect(model, nn.Module, "model", "pass the network itself, such as nn.Linear(4, 2)")
     if isinstance(model, QuantizedModel):
@@ -183,7 +219,19 @@ def float_graph(model: nn.Module, recipe: Recipe, example: Inputs) -> tuple[fx.G
     notes += [Note(name, f"BatchNorm stays, {why}") for name, why in kept]
     if recipe.equalize:
         equalize(gm)
+    if recipe.smooth:
+        smooth(gm, _smoothed(gm, recipe), factors or {})
     return gm, notes
+
+
+def _smoothed(gm: fx.GraphModule, recipe: Recipe) -> frozenset[str]:
+    """Names of the layers that gain from smooth inputs: those that round them, and those of narrow weights.
+
+    The scales of hardware are powers of two, and take up no factor.
+    """
+    found = [d for d in resolve(gm, recipe) if d.weight is not None and d.weight.kind == "int"]
+    gains = [d for d in found if d.activation is not None or (d.weight is not None and d.weight.bits < 8)]
+    return frozenset(d.name for d in gains if "pow2" not in {s.scale for s in (d.weight, d.activation) if s})
 
 
 def assemble(gm: fx.GraphModule, recipe: Recipe, example: Inputs, notes: list[Note]) -> QuantizedModel:
@@ -219,6 +267,11 @@ class _Trial:
             targets = [flat_tensors(inputs.call(base)) for inputs in sample]
         return cls(example, notes, calibration, num_batches, sample, targets)
 
+    def _on_few(self) -> _Trial:
+        """The same on the first FEW samples, in whole batches."""
+        count = bisect_left([*accumulate(inputs.batch_size for inputs in self.sample)], FEW) + 1
+        return replace(self, calibration=self.sample, num_batches=count, sample=self.sample[:count])
+
     def calibrated(self, gm: fx.GraphModule, recipe: Recipe) -> QuantizedModel:
         """A quantized copy of a float graph."""
         q = assemble(clone(gm), recipe, self.example, self.notes)
@@ -229,7 +282,7 @@ class _Trial:
         """SQNR in dB of everything the graph returns, over the sample."""
         signal = noise = 0.0
         with torch.inference_mode():
-            for inputs, targets in zip(self.sample, self.targets, strict=True):
+            for inputs, targets in zip(self.sample, self.targets, strict=False):
                 more = noise_and_signal(targets, inputs.call(gm))
                 noise, signal = noise + more[0], signal + more[1]
         return sqnr_db(signal, noise)
@@ -237,18 +290,46 @@ class _Trial:
     def equalize(
         self, q: QuantizedModel, base: fx.GraphModule, quality: float
     ) -> tuple[QuantizedModel, fx.GraphModule, float]:
-        """The better of `q` and its like with equalized weights, its float graph, and its quality."""
-        scaled = clone(base)
+        """The better of `q` and its like with equalized weights, its float graph, and its quality.
+
+        Where a few samples say that it makes the output worse, the others are not asked.
+        """
+        scaled, recipe = clone(base), replace(q.recipe, equalize=True)
         done = equalize(scaled)
-        other = self.calibrated(scaled, replace(q.recipe, equalize=True))
-        after = self.quality(other.graph)
         text = (
             f"{done.regions} regions over {done.layers} layers; "
             f"largest over smallest channel range {done.spread_before:.1f} -> {done.spread_after:.1f}"
         )
+        few = self._on_few()
+        before, after = few.quality(q.graph), few.quality(few.calibrated(scaled, recipe).graph)
+        if after < before:
+            q.steps.append(Step("equalize", text, before, after, kept=False))
+            return q, base, quality
+        other = self.calibrated(scaled, recipe)
+        after = self.quality(other.graph)
         kept = after >= quality
         best = (other, scaled, after) if kept else (q, base, quality)
         best[0].steps.append(Step("equalize", text, quality, after, kept))
+        return best
+
+    def smooth(
+        self, q: QuantizedModel, base: fx.GraphModule, quality: float
+    ) -> tuple[QuantizedModel, fx.GraphModule, float]:
+        """The best of `q` and its like with smoothed inputs, its float graph, and its quality."""
+        names, tried = _smoothed(base, q.recipe), []
+        for strength in STRENGTHS:
+            factors = smoothing_factors(base, names, self.sample, strength=strength)
+            if not factors:  # nothing but convolutions, nothing to say
+                return q, base, quality
+            scaled = clone(base)
+            layers = smooth(scaled, names, factors)
+            other = self.calibrated(scaled, replace(q.recipe, smooth=True))
+            text = f"{len(factors)} tensors that {layers} layers read, strength {strength}"
+            tried.append((self.quality(other.graph), text, other, scaled))
+        after, text, other, scaled = max(tried, key=lambda trial: trial[0])
+        kept = after >= quality
+        best = (other, scaled, after) if kept else (q, base, quality)
+        best[0].steps = [*q.steps, Step("smooth", text, quality, after, kept)]
         return best
 
     def refine(
@@ -256,16 +337,21 @@ class _Trial:
     ) -> tuple[QuantizedModel, float]:
         """Apply one correction to a copy; keep it when the output gets better."""
         corrected = clone(q.graph)
+        gains: list[Gain] = []
         if step == "bond_correct":
             names = correct_bonds(corrected, reference, self.sample)
             if not names:  # no tensor network, nothing to say
                 return q, quality
+        elif step == "gptq":
+            gains = round_layers(corrected, reference, self.sample)
+            names = [gain.name for gain in gains if not gain.why]
         else:
             names = correct_outputs(corrected, reference, self.sample, scale=step == "affine_correct")
         after = self.quality(corrected)
         kept = after >= quality
         samples = sum(inputs.batch_size for inputs in self.sample)
-        q.steps.append(Step(step, f"{len(names)} layers over {samples} samples", quality, after, kept))
+        text = f"{len(names)} layers over {samples} samples"
+        q.steps.append(Step(step, text, quality, after, kept, tuple(gains)))
         if kept:
             q.graph = corrected
         return q, max(quality, after)

@@ -30,7 +30,7 @@ from lowbit.files import atomic_path
 
 __all__ = ["SPECS", "Recipe", "Rule", "Target", "exactly"]
 
-REFINEMENTS = ("bond_correct", "bias_correct", "affine_correct")
+REFINEMENTS = ("bond_correct", "bias_correct", "affine_correct", "gptq")
 
 
 class Target(Protocol):
@@ -143,13 +143,17 @@ class Recipe:
     fold_bn: Literal["before", "after", "never"] = "before"
     # cross-layer equalization; kept only when it helps on the calibration data
     equalize: bool = False
+    # moves what is uneven among the channels of an activation, behind LayerNorm or GELU, into the weights
+    # that read it; kept only when it helps on the calibration data
+    smooth: bool = False
     # corrections after calibration, in order; each kept only when it helps
     refine: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if not isinstance(self.equalize, bool):
-            raise LowbitError(f"equalize={self.equalize!r} is neither True nor False")
+        for key in ("equalize", "smooth"):
+            if not isinstance(getattr(self, key), bool):
+                raise LowbitError(f"{key}={getattr(self, key)!r} is neither True nor False")
         if self.fold_bn not in ("before", "after", "never"):
             raise LowbitError(f"fold_bn={self.fold_bn!r} is unknown; use 'before', 'after' or 'never'")
         for key in ("rules", "refine"):

@@ -62,3 +62,20 @@ def test_arguments_find_their_placeholders() -> None:
 def test_float_tensors_of_an_output() -> None:
     a, b = torch.randn(2), torch.randn(3)
     assert flat_tensors({"a": a, "ids": torch.arange(3), "rest": [(b, None), 4]}) == [a, b]
+
+
+@pytest.mark.parametrize("limit", [0, 2000, 10**9])
+def test_values_beyond_the_limit_go_to_files_and_come_back(limit: int) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.relu().chunk(2, dim=1)
+            ranks = x.argmax(1)
+            return (a.transpose(2, 3) + b.half().float()) * ranks[:, None] + x.sum()
+
+    data = [Inputs((torch.randn(n, 4, 5, 5),)) for n in (3, 1, 2)]
+    gm = traced(Net(), *data[0].args)
+    want, got = ([(n.name, v) for n, v in walk(gm, data, size)] for size in (float("inf"), limit))
+    for (name, before), (same, after) in zip(want, got, strict=True):
+        assert name == same
+        pairs = zip(flat_tensors([*before]), flat_tensors([*after]), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["float_onnx", "hls4ml", "onnx", "qonnx", "verilog"]
 
 
-def onnx(q: QuantizedModel, path: str | Path) -> Path:
+def onnx(q: QuantizedModel, path: str | Path, *, dynamic: Mapping[str, Sequence[int]] | None = None) -> Path:
     """Write a frozen model as an ONNX file that ONNX Runtime and OpenVINO run on integer kernels.
 
     Activations are QuantizeLinear / DequantizeLinear pairs, weights constant codes: int8, or INT4 up to four
@@ -26,25 +27,36 @@ def onnx(q: QuantizedModel, path: str | Path) -> Path:
     Where only weights are quantized, ONNX Runtime rounds the activations of linear layers to 8 bits of its
     own accord; the session option `session.qdq_matmulnbits_accuracy_level` set to "0" keeps them in float.
 
+    Args:
+        dynamic: axes, besides the first, whose length may differ from call to call, by the name of the input,
+            such as {"input_ids": (1,), "attention_mask": (1,)}.
+
     Raises:
         LowbitError: the model is not frozen, an operation has no ONNX form, the folder does not exist.
     """
     from lowbit.export.qdq import write_quantized
 
     expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, ...), or use export.float_onnx")
-    return write_quantized(q, path)
+    return write_quantized(q, path, dynamic or {})
 
 
-def float_onnx(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
+def float_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Any,
+    *,
+    dynamic: Mapping[str, Sequence[int]] | None = None,
+) -> Path:
     """Write a float model as ONNX, the rival of the quantized file.
 
     Args:
         example_inputs: one batch, as calibration data has them.
+        dynamic: as for `onnx`.
     """
     from lowbit.export.qdq import write_float
 
     expect(model, nn.Module, "model", "pass the network itself")
-    return write_float(model, path, Inputs.of(example_inputs))
+    return write_float(model, path, Inputs.of(example_inputs), dynamic or {})
 
 
 def hls4ml(

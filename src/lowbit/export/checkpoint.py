@@ -208,7 +208,7 @@ def _record_of(metadata: dict[str, Any]) -> Record:
         base3=bool(metadata.get("base3", False)),
         networks={path: Blueprint.of(found) for path, found in metadata.get("networks", {}).items()},
         notes=[Note(**note) for note in metadata["notes"]],
-        steps=[Step(**step) for step in metadata["steps"]],
+        steps=[Step.from_dict(step) for step in metadata["steps"]],
     )
 
 

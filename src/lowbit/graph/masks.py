@@ -9,7 +9,6 @@ from __future__ import annotations
 from numbers import Number
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 __all__ = ["HUGE", "holds_huge", "is_mask"]
@@ -60,5 +59,9 @@ def _depends_on_data(node: fx.Node) -> bool:
             return True
         if at not in done:
             done.add(at)
-            todo += [n for n in at.all_input_nodes if isinstance(n.meta["value"], torch.Tensor)]
+            todo += [n for n in at.all_input_nodes if _has_tensors(n.meta["value"])]
     return False
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_has_tensors, value)))

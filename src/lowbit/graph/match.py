@@ -32,6 +32,7 @@ __all__ = [
     "path_name",
     "quantizer_of",
     "quantizers_behind",
+    "readers_of",
     "rule_name",
     "source_of",
     "tail_of",
@@ -123,6 +124,16 @@ def source_of(node: fx.Node) -> fx.Node:
         node = node.args[0]
         made = node if is_tensor(node) else made
     return made
+
+
+def readers_of(node: fx.Node, *, clamped: bool = False) -> Iterator[fx.Node]:
+    """The nodes that read what `node` makes, perhaps moved; with `clamped` also behind clamps."""
+    for user in node.users:
+        kind = kind_of(user)
+        if user.args[:1] == (node,) and (kind == "pass" or (clamped and kind == "clamp")):
+            yield from readers_of(user, clamped=clamped)
+        else:
+            yield user
 
 
 def quantizer_of(node: fx.Node) -> Quantizer | None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from lowbit.graph.attention import attention_to_products
 from lowbit.graph.functional_weights import weights_to_modules
 from lowbit.graph.ops import is_tensor, label, module_of
 
@@ -31,6 +32,7 @@ def normalize(gm: fx.GraphModule) -> None:
     for rewrite in (
         _operands_first,
         _out_of_place,
+        attention_to_products,
         weights_to_modules,
         _means_to_pooling,
         _windows_to_pooling,

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Generator, Sequence
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lowbit.graph.inputs import Inputs
+from lowbit.graph.shelf import Shelf
 
 __all__ = ["bind_inputs", "evaluate", "flat_tensors", "last_uses", "noise_and_signal", "peak_bytes", "walk"]
 
 
 def walk(
-    gm: fx.GraphModule, data: Sequence[Inputs]
+    gm: fx.GraphModule, data: Sequence[Inputs], limit: float = inf
 ) -> Generator[tuple[fx.Node, list[Any]], list[Any] | None, None]:
     """Run every batch through one node before any goes on to the next.
 
     Yields each node with its value for every batch; a list that is sent back takes the place of those values.
+
+    Args:
+        limit: bytes of values that later nodes need which may stay in memory; others go to temporary files.
     """
     values: dict[fx.Node, list[Any]] = {}
+    shelf = Shelf(limit)
     last_use = last_uses(gm)
     starts = [bind_inputs(gm, inputs) for inputs in data]
     for node in gm.graph.nodes:
@@ -32,14 +38,14 @@ def walk(
                 picked = [_pick((node.args, node.kwargs), values, i) for i in range(len(data))]
                 result = [evaluate(gm, node, args, kwargs) for args, kwargs in picked]
         replaced = yield node, result
-        values[node] = result if replaced is None else replaced
+        values[node] = shelf.put(result if replaced is None else replaced)
         for dead in last_use.get(node, ()):
-            del values[dead]
+            shelf.drop(values.pop(dead))
 
 
 def _pick(arguments: Any, values: dict[fx.Node, list[Any]], i: int) -> Any:
     """The arguments of a node for one batch."""
-    return fx.node.map_arg(arguments, lambda n: values[n][i])
+    return fx.node.map_arg(arguments, lambda n: Shelf.take(values[n][i]))
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

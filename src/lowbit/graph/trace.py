@@ -6,14 +6,16 @@ submodule that holds it becomes a leaf, called as it stands, or the whole model 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowbit.errors import LowbitError
 from lowbit.graph.inputs import Inputs, Note
@@ -53,7 +55,7 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
     """
     copied = _copy(model)
     _check_dtype(copied)
-    with torch.no_grad():
+    with torch.no_grad(), _slow_path():
         examples, outputs = _examples(copied, example)
         try:
             gm, leaves, notes = _follow(copied, examples)
@@ -78,7 +80,26 @@ def _copy(model: nn.Module) -> nn.Module:
     computed = [
         t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf
     ]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).eval()
+    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).eval()
+    for module in copied.modules():
+        if type(module) is NonDynamicallyQuantizableLinear:  # of nn.MultiheadAttention: a name, nothing else
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+    return copied
+
+
+@contextlib.contextmanager
+def _slow_path() -> Iterator[None]:
+    """While open, torch's own transformer layers run operation by operation.
+
+    Their fast path for evaluation cannot be seen through, and writes zeros at padded places, where training
+    had numbers.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _check_dtype(model: nn.Module) -> None:

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, TraceError
+from torch.nn.modules import transformer
 
+from lowbit.graph.attention import attend, attends_to_itself
 from lowbit.graph.inputs import Note
 from lowbit.graph.masks import is_mask
 
@@ -41,6 +44,7 @@ _SHAPES = frozenset(
     + (
         "is_cuda",
         "is_contiguous",
+        "is_nested",
         "is_floating_point",
         "is_complex",
         "is_tensor",
@@ -48,7 +52,22 @@ _SHAPES = frozenset(
         "element_size",
     )
 )
+# what asks for a type; the last gives a hint to kernels, and no number depends on it
+_TYPES = (
+    (torch, "finfo"),
+    (torch, "iinfo"),
+    (F, "_none_or_dtype"),
+    (transformer, "_detect_is_causal_mask"),
+)
 _CREATORS = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
+# modules of torch.nn that are made of others
+_MADE_OF_OTHERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
 _IN_PLACE = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -131,14 +150,19 @@ class Tracer(fx.Tracer):
         self.values: dict[str, list[Any]] = {}
         self.failed: str | None = None
         self.evaluating = False
+        # the attention that is being called, and is seen through
+        self.attending: nn.Module | None = None
         self.decisions: list[Note] = []
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with _recorded_creators(self):
+        with _taking_proxies(self):
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
+        if module_qualified_name in self.leaves:
+            return True
+        seen_through = isinstance(m, _MADE_OF_OTHERS) or m is self.attending
+        return not seen_through and super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """Parameters that the example leaves out keep their defaults: `if mask is None` is decided."""
@@ -152,12 +176,20 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.evaluating:
             return forward(*args, **kwargs)
+        attends = attends_to_itself(m, args, kwargs) and self._rank(args, kwargs) == 3
+        self.attending = m if attends else None
+        forward = functools.partial(attend, m) if attends else forward
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed is None:
                 self.failed = self.path_of_module(m)
             raise
+
+    def _rank(self, args: Any, kwargs: Any) -> int:
+        """Number of axes of the first argument."""
+        first = next(iter((*args, *kwargs.values())))
+        return self.values[first.node.name][0].ndim if isinstance(first, fx.Proxy) else 0
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -265,34 +297,57 @@ def _asks(node: fx.Node) -> str:
 
 
 @contextlib.contextmanager
-def _recorded_creators(tracer: Tracer) -> Iterator[None]:
-    """torch.zeros(x.shape[0], 3) and its kin take no proxy; while tracing they record themselves."""
-    originals = {name: getattr(torch, name) for name in _CREATORS}
+def _taking_proxies(tracer: Tracer) -> Iterator[None]:
+    """While open, functions that take no proxy do.
 
-    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def create(*args: Any, **kwargs: Any) -> Any:
-            found: list[fx.Proxy] = []
-
-            def collect(value: Any) -> Any:
-                if isinstance(value, fx.Proxy):
-                    found.append(value)
-                return value
-
-            fx.node.map_aggregate((args, kwargs), collect)
-            if not found:
-                return function(*args, **kwargs)
-            return tracer.create_proxy("call_function", function, args, kwargs)
-
-        return create
-
+    torch.zeros(x.shape[0], 3) and its kin record themselves; torch.finfo(x.dtype) and its kin answer for the
+    example, for a type is the same in every call.
+    """
+    answers: dict[tuple[Any, str], Callable[..., Any]] = {
+        **{(torch, name): _recording(tracer, getattr(torch, name)) for name in _CREATORS},
+        **{(owner, name): _answering(tracer, getattr(owner, name)) for owner, name in _TYPES},
+    }
+    originals = {(owner, name): getattr(owner, name) for owner, name in answers}
     try:
-        for name, function in originals.items():
-            setattr(torch, name, recording(function))
+        for (owner, name), function in answers.items():
+            setattr(owner, name, function)
         yield
     finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
+        for (owner, name), function in originals.items():
+            setattr(owner, name, function)
+
+
+def _recording(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        if not _proxies(args, kwargs):
+            return function(*args, **kwargs)
+        return tracer.create_proxy("call_function", function, args, kwargs)
+
+    return create
+
+
+def _answering(tracer: Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        def value(argument: Any) -> Any:
+            return tracer.values[argument.node.name][0] if isinstance(argument, fx.Proxy) else argument
+
+        args, kwargs = fx.node.map_aggregate((args, kwargs), value)
+        return function(*args, **kwargs)
+
+    return answer
+
+
+def _proxies(args: Any, kwargs: Any) -> list[fx.Proxy]:
+    found: list[fx.Proxy] = []
+
+    def collect(value: Any) -> Any:
+        if isinstance(value, fx.Proxy):
+            found.append(value)
+        return value
+
+    fx.node.map_aggregate((args, kwargs), collect)
+    return found
 
 
 def _protect(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch import fx, nn
+from torch import Size, Tensor, fx, nn
 
 from lowbit.core.spec import PerChannel, PerGroup, QuantSpec
 from lowbit.errors import LowbitError
@@ -17,11 +17,12 @@ from lowbit.graph.match import (
     operations,
     path_name,
     quantizer_of,
+    readers_of,
     rule_name,
     source_of,
     tail_of,
 )
-from lowbit.graph.ops import INTEGER, kind_of, module_of
+from lowbit.graph.ops import INTEGER, is_tensor, kind_of, module_of
 from lowbit.graph.rewrite import finish, insert_after, swap
 from lowbit.nn.layers import BoundLayer, QLayer, quantized_layer
 from lowbit.nn.quantizer import Quantizer
@@ -30,6 +31,7 @@ from lowbit.recipe import SPECS, Recipe, Rule
 __all__ = ["Decision", "place", "resolve"]
 
 QUANTIZERS = "activation_quantizers"
+ELEMENTWISE = ("add", "mul")
 
 
 @dataclass(frozen=True)
@@ -72,41 +74,47 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     A tensor is quantized where it is produced: behind the clamp of the layer or addition that made it,
     and not between the two; operations that only move values share the quantizer of their input. Its spec is
     the widest that its readers ask for; readers that ask for fewer bits share a second quantizer behind it. A
-    model input or the result of a floating point operation is quantized when an integer kernel reads it. A
-    linear layer that writes an output of the model hands out its accumulators, scaled: rounding them once
-    more would only lose accuracy.
+    model input or the result of a floating point operation is quantized for the integer kernels that read it,
+    and for nobody else. A product of matrices that only operations in float read, or the output of the model,
+    hands out its accumulators, scaled: rounding them once more would only lose accuracy. An addition or a
+    product of elements runs on integers where its result is read as integers. In fixed point, whose scales
+    are powers of two, every tensor has a type, whoever reads it.
 
     Raises:
         LowbitError: a rule that matches nothing, a group size that does not divide.
     """
     decisions = resolve(gm, recipe)
     rules = {d.name: d.rule for d in decisions}
+    runs = _integer_nodes(gm, rules)
     wanted: dict[fx.Node, Rule] = {}
-    for node, rule in _integer_nodes(gm, rules):
+    for node, rule in runs.items():
         for operand in operands(node):
             source = source_of(operand)
             wanted[source] = max(wanted.get(source, rule), rule, key=_bits)
-    for node, rule in _integer_nodes(gm, rules):
-        if not _leaves_as_float(node):
+    for node, rule in runs.items():
+        if not _leaves_as_float(node, runs):
             wanted.setdefault(tail_of(node), rule)
+    points = [
+        (at, readers, rule) for node, rule in wanted.items() for at, readers in _points(node, rule, runs)
+    ]
     for path, layer in _layers(gm):
         name, kind = path_name(gm, path), quantized_layer(type(layer))
         asked = rules[name]
         if asked is not None and asked.weight is not None and kind is not None:
             swap(gm, path, _quantized(layer, kind, asked, name))
-    for node, rule in wanted.items():
-        insert_after(gm, node, _path_behind(node), _activation_quantizer(rule, node))
-    _narrow(gm, rules)
+    for node, readers, rule in points:
+        insert_after(gm, node, _path_behind(node), _activation_quantizer(rule, node), readers=readers)
+    _narrow(gm, runs)
     for path, layer in [found for leaf in gm.meta["leaves"] for found in hidden_layers(gm, leaf)]:
         _bind(gm, path, layer, rules)
     finish(gm)
     return decisions
 
 
-def _narrow(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> None:
+def _narrow(gm: fx.GraphModule, runs: dict[fx.Node, Rule]) -> None:
     """A second quantizer, behind the one that all readers share, for those that ask for fewer bits."""
     asking: dict[tuple[fx.Node, int], list[tuple[fx.Node, Rule]]] = {}
-    for node, rule in _integer_nodes(gm, rules):
+    for node, rule in runs.items():
         for operand in operands(node):
             wide = quantizer_of(operand)
             if wide is not None and wide.spec.bits > _bits(rule):
@@ -137,24 +145,96 @@ def _activation_quantizer(rule: Rule, source: fx.Node | None = None) -> Quantize
     return Quantizer(spec, rule.observer, rule.estimator)
 
 
-def _leaves_as_float(node: fx.Node) -> bool:
-    """A table lookup, or a linear layer that writes an output of the model: floats come for free."""
-    module = module_of(node) if node.op == "call_module" else None
-    if isinstance(module, nn.Embedding):
-        return True
-    return isinstance(module, nn.Linear) and all(user.op == "output" for user in node.users)
+def _points(
+    node: fx.Node, rule: Rule, runs: dict[fx.Node, Rule]
+) -> list[tuple[fx.Node, list[fx.Node] | None]]:
+    """Where the quantizers of a tensor go, and which readers each serves; None for all of them.
+
+    What an integer kernel rounded, everybody reads rounded. Floats are rounded for integer kernels alone:
+    before operations that move values where only these follow, else behind.
+    """
+    kernel = {tail_of(n): n for n in runs}.get(node)
+    if _is_fixed_point(rule) or (kernel is not None and not _has_free_floats(kernel)):
+        return [(node, None)]
+    return list(_behind(node, runs))
+
+
+def _behind(node: fx.Node, runs: dict[fx.Node, Rule]) -> Iterator[tuple[fx.Node, list[fx.Node] | None]]:
+    served: list[fx.Node] = []
+    for user in node.users:
+        moves = kind_of(user) == "pass"
+        found = {reader in runs for reader in readers_of(user) if _reads_numbers(reader)} if moves else set()
+        if user in runs or (found == {True} and is_tensor(node)):
+            served.append(user)
+        elif True in found:
+            yield from _behind(user, runs)
+    if served:
+        yield node, served
+
+
+def _reads_numbers(node: fx.Node) -> bool:
+    """Whether a node makes tensors, or is the output; a shape is the same in codes."""
+    value = node.meta.get("value")
+    return node.op == "output" or (isinstance(value, (Tensor, tuple, list)) and not isinstance(value, Size))
+
+
+def _leaves_as_float(node: fx.Node, runs: dict[fx.Node, Rule]) -> bool:
+    """Whether nobody needs the result of an integer kernel rounded."""
+    if not _has_free_floats(node):
+        return False
+    if _is_fixed_point(runs[node]):
+        return _is_table(node) or all(user.op == "output" for user in node.users)
+    return _is_table(node) or not any(reader in runs for reader in readers_of(tail_of(node)))
+
+
+def _has_free_floats(node: fx.Node) -> bool:
+    """A product of matrices can hand out its accumulators, scaled, and a table holds floats."""
+    return kind_of(node) == "matmul" or (node.op == "call_module" and isinstance(module_of(node), _FREE))
+
+
+_FREE = (nn.Linear, nn.Embedding)
+
+
+def _is_table(node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(module_of(node), nn.Embedding)
+
+
+def _is_fixed_point(rule: Rule) -> bool:
+    return rule.activation is not None and rule.activation.scale == "pow2"
 
 
 def _bits(rule: Rule) -> int:
     return rule.activation.bits if rule.activation else 0
 
 
-def _integer_nodes(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> Iterator[tuple[fx.Node, Rule]]:
-    """Calls that run on an integer kernel under these rules."""
+def _integer_nodes(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> dict[fx.Node, Rule]:
+    """Calls that run on an integer kernel under these rules, in the order of execution."""
+    runs: dict[fx.Node, Rule] = {}
     for node in gm.graph.nodes:
         rule = rules.get(rule_name(node)) if kind_of(node) in INTEGER else None
         if rule is not None and rule.activation is not None:
-            yield node, rule
+            runs[node] = rule
+    for node in reversed(list(runs)):  # whether a reader runs on integers is known before
+        if kind_of(node) in ELEMENTWISE and not _gains(node, runs):
+            del runs[node]
+    return runs
+
+
+def _gains(node: fx.Node, runs: dict[fx.Node, Rule]) -> bool:
+    """Whether an addition or a product of elements should run on integers.
+
+    It should where a layer reads it, or nothing but others of its kind; and at the output where an operand is
+    rounded anyway. The residual stream of a transformer, which LayerNorm reads, stays in float.
+    """
+    readers = [reader for reader in readers_of(node, clamped=True) if _reads_numbers(reader)]
+    if _is_fixed_point(runs[node]) or any(r in runs and kind_of(r) not in ELEMENTWISE for r in readers):
+        return True
+    if any(reader not in runs and reader.op != "output" for reader in readers):
+        return False
+    made_by = {tail_of(n): n for n in runs}
+    kernels = [made_by.get(source_of(operand)) for operand in operands(node)]
+    rounded = any(kernel is not None and not _has_free_floats(kernel) for kernel in kernels)
+    return rounded or all(reader in runs for reader in readers)
 
 
 def _layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:

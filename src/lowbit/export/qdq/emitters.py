@@ -230,7 +230,7 @@ class _EmitLayer(nn.Module):
         self.weight = _Weight(layer, source, transpose=matmul)
         self.bias: nn.Module | None = None
         if layer.bias is not None:
-            self.bias = _FloatBias(layer.bias) if source is None else _Bias(*_integer_bias(layer, source))
+            self.bias = _bias(layer, source, in_float=matmul)
         # only its geometry is used; the codes were copied
         self.geometry = {k: v for k, v in vars(layer).items() if not k.startswith("_")}
         self.kind = type(layer)
@@ -254,6 +254,15 @@ class _EmitLayer(nn.Module):
             x, padding = F.pad(x, g["reversed_padding"], mode=g["padding_mode"]), 0
         convolve = F.conv1d if self.kind is QConv1d else F.conv2d
         return convolve(x, weight, bias, g["stride"], padding, g["dilation"], g["groups"])
+
+
+def _bias(layer: QLayer, source: Quantizer | None, *, in_float: bool) -> nn.Module:
+    """On the grid of the accumulator, if there is one; what is added behind a product is a float already."""
+    assert layer.bias is not None
+    if source is None:
+        return _FloatBias(layer.bias)
+    codes, scale = _integer_bias(layer, source)
+    return _FloatBias(codes.float() * scale) if in_float else _Bias(codes, scale)
 
 
 class _FloatBias(nn.Module):

@@ -7,7 +7,7 @@ import inspect
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, near_miss
 from lowbit.export.qdq.emitters import (
     CODES,
     NIBBLES,
@@ -43,7 +43,11 @@ OPSET = 21  # the first with 4-bit and 16-bit codes and blocked scales
 IR_VERSION = 10  # of the same release; every runtime that knows opset 21 reads it
 
 
-def write_quantized(q: QuantizedModel, path: str | Path) -> Path:
+# axes, besides the first, whose length may differ from call to call, by the name of the input
+Axes = Mapping[str, Sequence[int]]
+
+
+def write_quantized(q: QuantizedModel, path: str | Path, dynamic: Axes) -> Path:
     """Write a frozen model as QDQ ONNX.
 
     Raises:
@@ -53,12 +57,12 @@ def write_quantized(q: QuantizedModel, path: str | Path) -> Path:
         raise LowbitError("the model still holds float weights; call lowbit.freeze(q) before exporting it")
     gm = clone(q.graph)
     _emit(gm)
-    return _write(gm, q.example, Path(path))
+    return _write(gm, q.example, Path(path), dynamic)
 
 
-def write_float(model: nn.Module, path: str | Path, example: Inputs) -> Path:
+def write_float(model: nn.Module, path: str | Path, example: Inputs, dynamic: Axes) -> Path:
     """Write the float model itself, for comparison."""
-    return _write(model.eval(), example, Path(path))
+    return _write(model.eval(), example, Path(path), dynamic)
 
 
 def _emit(gm: fx.GraphModule) -> None:
@@ -166,10 +170,10 @@ def _emit_hidden(gm: fx.GraphModule) -> None:
                 bound.layer = emit_layer(bound.layer, source, rank, path)
 
 
-def _write(module: nn.Module, example: Inputs, path: Path) -> Path:
+def _write(module: nn.Module, example: Inputs, path: Path, axes: Axes) -> Path:
     if not path.parent.is_dir():
         raise LowbitError(f"folder '{path.parent}' does not exist; create it first")
-    proto = _export(module, example)
+    proto = _export(module, example, axes)
     _strip(proto)
     _pack_nibbles(proto)
     _separate_weights(proto.graph)
@@ -180,15 +184,18 @@ def _write(module: nn.Module, example: Inputs, path: Path) -> Path:
     return path
 
 
-def _export(module: nn.Module, example: Inputs) -> onnx.ModelProto:
-    """Run torch's exporter with a dynamic first axis; where the model fixes the batch, without."""
+def _export(module: nn.Module, example: Inputs, axes: Axes) -> onnx.ModelProto:
+    """Run torch's exporter with a dynamic first axis; without where the model fixes the batch."""
     args, kwargs = (_pairs(v) for v in (example.args, dict(example.kwargs)))
     names = inspect.signature(module.forward).parameters
     given = dict(zip(names, args, strict=False)) | kwargs
-    dynamic = {name: _first_axis(value) for name, value in given.items()}
+    for name in axes:
+        if name not in given:
+            raise LowbitError(f"dynamic: the model has no input '{name}'{near_miss(name, given)}")
+    dynamic = {name: _dynamic(value, axes.get(name, ())) for name, value in given.items()}
     failure: Exception | None = None
     with _quiet():
-        for dynamic_shapes in (dynamic, None):
+        for dynamic_shapes in (dynamic,) if axes else (dynamic, None):
             try:
                 program = torch.onnx.export(
                     module,
@@ -226,8 +233,10 @@ def _pairs(values: Any) -> Any:
     )
 
 
-def _first_axis(value: Any) -> dict[int, Any] | None:
-    return {0: torch.export.Dim.DYNAMIC} if isinstance(value, Tensor) and value.ndim else None
+def _dynamic(value: Any, more: Sequence[int]) -> dict[int, Any] | None:
+    if not isinstance(value, Tensor) or not value.ndim:
+        return None
+    return {axis % value.ndim: torch.export.Dim.DYNAMIC for axis in (0, *more)}
 
 
 @contextlib.contextmanager
