@@ -21,7 +21,7 @@ from lowbit.graph.trace import trace
 from lowbit.graph.tracer import Tracer
 
 
-def assert_equal_at_any_batch(model: nn.Module, *example: Tensor) -> None:
+def assert_equal_at_any_batch(model: nn.Module, *example: Tensor, atol: float = 0.0) -> None:
     """The oracle: the model itself, on the example and on other batches than tracing saw."""
     model.eval()
     gm = traced(model, *example)
@@ -29,7 +29,8 @@ def assert_equal_at_any_batch(model: nn.Module, *example: Tensor) -> None:
         want = flat_tensors(model(*(t.clone() for t in inputs)))
         got = flat_tensors(gm(*(t.clone() for t in inputs)))
         assert len(want) == len(got) > 0
-        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+        pairs = zip(want, got, strict=True)
+        assert all(torch.allclose(a, b, rtol=0.0, atol=atol, equal_nan=True) for a, b in pairs)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -202,7 +203,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name: str) -> None:
     build, shape = MODELS[name]
-    assert_equal_at_any_batch(build(), torch.randn(shape))
+    written_out = name == "scaled_dot_product_attention"  # whose sums go in another order
+    assert_equal_at_any_batch(build(), torch.randn(shape), atol=1e-5 if written_out else 0.0)
 
 
 def notes_of(model: nn.Module, *example: Any) -> list[Note]:
