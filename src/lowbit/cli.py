@@ -114,7 +114,7 @@ def quantize(
         calibration = {"calibration": batches} if data else {"example_inputs": batches[0]}
         q = lowbit.quantize(network, chosen, num_batches=num_batches, **calibration)
         for step in q.steps:
-            answer.say(step)
+            answer.say("\n".join(map(str, (step, *step.layers))))
         coverage = q.coverage()
         answer.say(f"\n{coverage}")
         lowbit.save(q, output)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowbit.core.rounding import Grid, Moments, Objective, descend, feedback, refit_scale
+from lowbit.core.rounding import Gain, Grid, Moments, Objective, descend, feedback, refit_scale
 from lowbit.core.spec import BINARY, INT4, TERNARY, QuantSpec
 
 SPECS = {
@@ -134,3 +134,12 @@ def test_fewer_samples_than_columns_and_dead_inputs_are_damped() -> None:
     assert torch.allclose(goal.target[..., 3], weight[..., 3].double()), "what is never read stays"
     one = Objective.of(weight, x[:, :1], u[:, :1])
     assert feedback(one, grid).isfinite().all()
+
+
+def test_a_gain_reads_as_a_line() -> None:
+    assert str(Gain("a", 10.04, 20.0)) == "  a: 10.0 -> 20.0 dB"
+    assert (
+        str(Gain("a", 10.0, 10.0, "its error would rise"))
+        == "  a: 10.0 -> 10.0 dB; as it was, its error would rise"
+    )
+    assert str(Gain("a", 0.0, 0.0, "no data reached it")) == "  a: as it was, no data reached it"

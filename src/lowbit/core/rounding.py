@@ -38,9 +38,9 @@ class Gain:
 
     def __str__(self) -> str:
         if self.why and not self.after_db:
-            return f"{self.name}: as it was, {self.why}"
+            return f"  {self.name}: as it was, {self.why}"
         why = f"; as it was, {self.why}" if self.why else ""
-        return f"{self.name}: {self.before_db:.1f} -> {self.after_db:.1f} dB{why}"
+        return f"  {self.name}: {self.before_db:.1f} -> {self.after_db:.1f} dB{why}"
 
 
 @dataclass(frozen=True)
