@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from lowbit.errors import LowbitError, expect
 from lowbit.graph.ops import kind_of, module_of
 from lowbit.graph.run import bind_inputs, flat_tensors
 from lowbit.graph.trace import Inputs
-from lowbit.hardware.parity import HardwareParity, is_qonnx, verify_hardware
 from lowbit.model import QuantizedModel
 from lowbit.nn.quantizer import Quantizer, grid_of
 from lowbit.passes.calibrate import batches
 from lowbit.progress import track
 from lowbit.reference import Codes, run_on_codes
 from lowbit.tables import text_table
+
+if TYPE_CHECKING:
+    from lowbit.hardware.parity import HardwareParity
 
 __all__ = ["LayerParity", "Parity", "verify"]
 
@@ -185,6 +187,8 @@ def verify(
     Raises:
         LowbitError: the file does not exist, is none that lowbit writes, or was not exported from this model.
     """
+    from lowbit.hardware.parity import is_qonnx, verify_hardware
+
     expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, ...)")
     if Path(path).is_dir() or is_qonnx(Path(path)):
         return verify_hardware(q, Path(path), list(batches(data, num_batches)))
