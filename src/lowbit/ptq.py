@@ -103,6 +103,12 @@ def quantize(
                 "tracing needs one batch to see shapes; pass calibration=... or example_inputs=..."
             )
         return _quantize_without_data(model, recipe, Inputs.of(example_inputs))
+    return _quantize_on_data(model, recipe, calibration, num_batches)
+
+
+def _quantize_on_data(
+    model: nn.Module, recipe: Recipe, calibration: Any, num_batches: int | None
+) -> QuantizedModel:
     if isinstance(calibration, Iterator):
         calibration = list(batches(calibration, num_batches))
     example = next((b for b in batches(calibration, num_batches) if b.batch_size), None)
@@ -270,7 +276,8 @@ class _Trial:
     def _on_few(self) -> _Trial:
         """The same on the first FEW samples, in whole batches."""
         count = bisect_left([*accumulate(inputs.batch_size for inputs in self.sample)], FEW) + 1
-        return replace(self, calibration=self.sample, num_batches=count, sample=self.sample[:count])
+        sample, targets = self.sample[:count], self.targets[:count]
+        return replace(self, calibration=sample, num_batches=None, sample=sample, targets=targets)
 
     def calibrated(self, gm: fx.GraphModule, recipe: Recipe) -> QuantizedModel:
         """A quantized copy of a float graph."""
@@ -282,7 +289,7 @@ class _Trial:
         """SQNR in dB of everything the graph returns, over the sample."""
         signal = noise = 0.0
         with torch.inference_mode():
-            for inputs, targets in zip(self.sample, self.targets, strict=False):
+            for inputs, targets in zip(self.sample, self.targets, strict=True):
                 more = noise_and_signal(targets, inputs.call(gm))
                 noise, signal = noise + more[0], signal + more[1]
         return sqnr_db(signal, noise)
