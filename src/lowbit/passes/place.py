@@ -94,8 +94,11 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     for node, rule in runs.items():
         if not _leaves_as_float(node, runs):
             wanted.setdefault(tail_of(node), rule)
+    made_by = {tail_of(node): node for node in runs}
     points = [
-        (at, readers, rule) for node, rule in wanted.items() for at, readers in _points(node, rule, runs)
+        (at, readers, rule)
+        for node, rule in wanted.items()
+        for at, readers in _points(node, made_by.get(node), rule, runs)
     ]
     for path, layer in _layers(gm):
         name, kind = path_name(gm, path), quantized_layer(type(layer))
@@ -146,14 +149,16 @@ def _activation_quantizer(rule: Rule, source: fx.Node | None = None) -> Quantize
 
 
 def _points(
-    node: fx.Node, rule: Rule, runs: dict[fx.Node, Rule]
+    node: fx.Node, kernel: fx.Node | None, rule: Rule, runs: dict[fx.Node, Rule]
 ) -> list[tuple[fx.Node, list[fx.Node] | None]]:
     """Where the quantizers of a tensor go, and which readers each serves; None for all of them.
 
     What an integer kernel rounded, everybody reads rounded. Floats are rounded for integer kernels alone:
     before operations that move values where only these follow, else behind.
+
+    Args:
+        kernel: what runs on integers and ends in the tensor, if any does.
     """
-    kernel = {tail_of(n): n for n in runs}.get(node)
     if _is_fixed_point(rule) or (kernel is not None and not _has_free_floats(kernel)):
         return [(node, None)]
     return list(_behind(node, runs))
