@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lowbit
-from common import Claim, Table, arguments, progress, run_parts
+from common import Claim, Table, add_device, arguments, progress, run_parts
 from lowbit import PerTensor, Recipe, Rule, runtime
 from lowbit.core.estimators import estimators
 from lowbit.export.qdq import write_float
@@ -364,6 +364,7 @@ def main() -> int:
     )
     parser.add_argument("--images", type=int, help="use the first so many training images (default: all)")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
+    add_device(parser)
     options = parser.parse_args()
     if options.data is None and set(options.parts) & {"accuracy", "levels", "gradients"}:
         parser.error("training needs --data, a folder with cifar10/ and models/")

@@ -30,6 +30,9 @@ class Images:
     x: Tensor
     y: Tensor
 
+    def to(self, device: str) -> Images:
+        return Images(x=self.x.to(device), y=self.y.to(device))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Score:

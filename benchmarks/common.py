@@ -119,6 +119,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, for benchmarks that train or search."""
+    parser.add_argument("--device", default="cpu", help="where networks run: cpu (default), cuda")
+
+
 _STARTED = time.perf_counter()
 
 

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 import cifar
 import lowbit
-from common import Claim, Table, arguments, progress, run_parts
+from common import Claim, Table, add_device, arguments, progress, run_parts
 from lowbit import INT8, UINT8, QuantSpec, Recipe, Rule
 from lowbit.core.affine import choose_qparams, fake_quantize
 from lowbit.core.ranges import least_error_range_of
@@ -145,16 +145,17 @@ class Network:
 def load(name: str, options: argparse.Namespace) -> Network:
     """One of the networks, with its images."""
     normalized = "resnet20-B" if name == "vgg" else name
-    train = cifar.load_images(options.data, "train", normalized, None if name == "vgg" else IMAGES)
-    test = cifar.load_images(options.data, "test", normalized)
+    count = None if name == "vgg" else IMAGES
+    train = cifar.load_images(options.data, "train", normalized, count).to(options.device)
+    test = cifar.load_images(options.data, "test", normalized).to(options.device)
     model = trained_vgg(train, options) if name == "vgg" else load_cifar(name, options.data)
-    return Network(name, model.eval(), train, test, options.out)
+    return Network(name, model.eval().to(options.device), train, test, options.out)
 
 
 def trained_vgg(train: cifar.Images, options: argparse.Namespace) -> nn.Module:
     """SGD with momentum, one cycle of the learning rate, crops and flips; from --out where it is there."""
     torch.manual_seed(0)
-    model, path = SmallVgg(), options.out / f"vgg{options.vgg_epochs}.safetensors"
+    model, path = SmallVgg().to(options.device), options.out / f"vgg{options.vgg_epochs}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
         return model
@@ -345,7 +346,7 @@ def cost(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
 def qat(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
     """Mixed bits, trained."""
     network = load("resnet20-B", options)
-    whole = cifar.load_images(options.data, "train", "resnet20-B")
+    whole = cifar.load_images(options.data, "train", "resnet20-B").to(options.device)
     found = mixed_w3a4(network)
     q = lowbit.prepare(network.model, found.recipe, network.train.x[:64])
     lowbit.calibrate(q, network.train.x[:512].split(64))
@@ -394,6 +395,7 @@ def main() -> int:
     parser.add_argument("--vgg-epochs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1, help="of part cost")
     parser.add_argument("--plot", type=Path, help="SVG file for the front of ResNet-20; needs matplotlib")
+    add_device(parser)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

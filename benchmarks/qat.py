@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 import cifar
 import lowbit
-from common import Claim, Table, arguments, progress, report
+from common import Claim, Table, add_device, arguments, progress, report
 from lowbit.core.estimators import estimators
 from lowbit.presets import preset
 from lowbit.qat import Trainer, restore
@@ -85,9 +85,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.model = load_cifar(NETWORK, options.data).eval()
-        self.train = cifar.load_images(options.data, "train", NETWORK, options.images)
-        self.test = cifar.load_images(options.data, "test", NETWORK)
+        self.model = load_cifar(NETWORK, options.data).eval().to(options.device)
+        self.train = cifar.load_images(options.data, "train", NETWORK, options.images).to(options.device)
+        self.test = cifar.load_images(options.data, "test", NETWORK).to(options.device)
         self.calibration = list(torch.split(self.train.x[:512], 64))
 
     def top1(self, model: nn.Module) -> float:
@@ -322,6 +322,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, help="use the first so many training images (default: all)")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16: faster, for studies")
     parser.add_argument("--plot", type=Path, help="SVG file for the curves of study rates; needs matplotlib")
+    add_device(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(options)

@@ -18,7 +18,9 @@ FLOORS = {
     "distributed": 0,
     **dict.fromkeys(("presets", "recipe", "nn", "graph"), 1),
     **dict.fromkeys(("passes", "cost", "coverage", "model", "scales", "training"), 2),
-    **dict.fromkeys(("ptq", "qat", "search", "export", "reference", "verify", "compare", "advise"), 3),
+    **dict.fromkeys(
+        ("assembly", "trial", "ptq", "qat", "search", "export", "reference", "verify", "compare", "advise"), 3
+    ),
     **dict.fromkeys(("hardware", "ladder", "tensor_networks"), 3),
     **dict.fromkeys(("bench", "contents", "environment", "latency", "report", "runtime"), 3),
     **dict.fromkeys(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lowbit
-from lowbit import INT8, UINT8, LowbitError, PerChannel, QuantSpec, Recipe, Rule, preset, ptq
+from lowbit import INT8, UINT8, LowbitError, PerChannel, QuantSpec, Recipe, Rule, preset, trial
 from lowbit.model import Step
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
@@ -329,7 +329,7 @@ def test_a_correction_that_hurts_is_undone_and_said(monkeypatch: pytest.MonkeyPa
 
     model, recipe = network(), preset("w8a8")
     want = lowbit.quantize(model, replace(recipe, refine=()), calibration=[X])(X)
-    monkeypatch.setattr(ptq, "correct_outputs", vandal)
+    monkeypatch.setattr(trial, "correct_outputs", vandal)
     q = lowbit.quantize(model, recipe, calibration=[X])
     (step,) = q.steps
     assert not step.kept
@@ -345,10 +345,10 @@ def test_an_equalization_that_hurts_is_undone_and_said(monkeypatch: pytest.Monke
             next(gm.parameters()).add_(1)
         return done
 
-    honest, model = ptq.equalize, network()
+    honest, model = trial.equalize, network()
     recipe = replace(preset("w8a8"), equalize=True)
     want = lowbit.quantize(model, replace(recipe, equalize=False), calibration=[X])
-    monkeypatch.setattr(ptq, "equalize", vandal)
+    monkeypatch.setattr(trial, "equalize", vandal)
     q = lowbit.quantize(model, recipe, calibration=[X])
     assert (q.steps[0].name, q.steps[0].kept) == ("equalize", False)
     assert "reverted" in str(q.steps[0])
@@ -372,7 +372,7 @@ def test_without_data_biases_are_corrected_from_batchnorm() -> None:
 
 
 def test_corrections_hold_a_bounded_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ptq, "MAX_SAMPLES", 16)
+    monkeypatch.setattr(trial, "MAX_SAMPLES", 16)
     q = lowbit.quantize(network(), "w8a8", calibration=list(X.split(8)))
     assert "over 16 samples" in q.steps[0].text
 

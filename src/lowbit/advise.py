@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.assembly import float_graph
 from lowbit.compare import Comparison, Metric, compare
 from lowbit.core.qtensor import quantization_error
 from lowbit.core.ranges import least_error_range_of
@@ -24,7 +25,6 @@ from lowbit.nn.quantizer import Quantizer
 from lowbit.passes.calibrate import batches
 from lowbit.passes.smooth import factors_in
 from lowbit.progress import track
-from lowbit.ptq import float_graph
 
 __all__ = ["Advice", "advise"]
 

@@ -130,9 +130,9 @@ def quantize(
 
 def _show_plan(answer: Answer, model: torch.nn.Module, recipe: lowbit.Recipe, example: Any) -> None:
     """The resolved table: what the recipe says of each operation, before any work."""
+    from lowbit.assembly import float_graph
     from lowbit.graph.trace import Inputs
     from lowbit.passes.place import resolve
-    from lowbit.ptq import float_graph
 
     if example is None:
         raise LowbitError("--data holds no batch; give at least one (100 samples or more are wise)")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lowbit.assembly import float_graph
 from lowbit.core.affine import fake_quantize
 from lowbit.core.qtensor import sqnr_db
 from lowbit.core.spec import QuantSpec
@@ -24,7 +25,6 @@ from lowbit.nn.layers import QLayer
 from lowbit.passes.calibrate import batches
 from lowbit.passes.smooth import factors_in
 from lowbit.progress import track
-from lowbit.ptq import float_graph
 from lowbit.recipe import SPECS, Recipe, Rule
 from lowbit.tables import text_table
 
@@ -312,6 +312,8 @@ def _is_class(target: Any, output: Tensor) -> bool:
 
 def _measured(metric: Metric, output: Any, target: Any) -> float:
     """The metric of one batch."""
+    if isinstance(output, Tensor) and isinstance(target, Tensor):
+        target = target.to(output.device)
     try:
         values = metric(output, target)
     except LowbitError:

@@ -97,7 +97,7 @@ class QuantizedModel(nn.Module):
             raise LowbitError(
                 "bit kernels hold codes, and this model has float weights; call lowbit.freeze(q)"
             )
-        graph = clone(self.graph)
+        graph = clone(self.graph).cpu()
         return KernelModel(graph, use_bit_kernels(graph))
 
     def cost(self) -> Cost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,6 +191,7 @@ def verify(
     from lowbit.hardware.parity import is_qonnx, verify_hardware
 
     expect(q, QuantizedModel, "q", "make it with lowbit.quantize(model, ...)")
+    q = copy.deepcopy(q).cpu()
     if Path(path).is_dir() or is_qonnx(Path(path)):
         return verify_hardware(q, Path(path), list(batches(data, num_batches)))
     return _verify_onnx(q, path, data, num_batches)

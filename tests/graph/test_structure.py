@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.assembly import float_graph
 from lowbit.graph.inputs import Inputs
 from lowbit.graph.structure import first_difference, first_module_difference, structure_of
-from lowbit.ptq import float_graph
 
 
 class Net(nn.Module):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lowbit.assembly import assemble, float_graph
 from lowbit.core.packing import pack_codes, pack_trits, unpack_codes, unpack_trits
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError, expect
@@ -28,7 +29,6 @@ from lowbit.model import QuantizedModel, Step
 from lowbit.nn.layers import QLayer
 from lowbit.nn.network import Blueprint, with_networks
 from lowbit.nn.quantizer import TRAINED, Quantizer
-from lowbit.ptq import assemble, float_graph
 from lowbit.recipe import Recipe
 from lowbit.sealed import MALFORMED, read_sealed, write_sealed
 

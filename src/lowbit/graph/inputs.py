@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from lowbit.errors import LowbitError
 from lowbit.graph.masks import holds_huge
 
-__all__ = ["Inputs", "Note"]
+__all__ = ["Inputs", "Note", "mapped"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,18 @@ class Inputs:
         Raises:
             LowbitError: it does not run, with the shapes of the call and those that tracing saw.
         """
+        own = self.beside(module)
         with self.explaining(module):
-            return module(*self.args, **self.kwargs)
+            return module(*own.args, **own.kwargs)
+
+    def beside(self, module: nn.Module) -> Inputs:
+        """The same call where the module's parameters lie; data that comes from the CPU may feed a GPU."""
+        device = next((t.device for t in chain(module.parameters(), module.buffers())), None)
+
+        def moved(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return self if device is None else Inputs(mapped(moved, self.args), mapped(moved, dict(self.kwargs)))
 
     @contextmanager
     def explaining(self, module: nn.Module) -> Iterator[None]:
@@ -101,13 +112,24 @@ class Inputs:
             if not isinstance(value, Tensor):
                 return value
             if not value.is_floating_point():
-                return torch.zeros_like(value)
+                return torch.zeros(value.shape, dtype=value.dtype)
             made = torch.rand(value.shape, generator=generator).to(value.dtype)
             if holds_huge(value):  # a mask among the inputs stays one, or placement would differ
                 made.view(-1)[0] = float("-inf")
             return made
 
         return Inputs(tuple(draw(a) for a in self.args), {k: draw(v) for k, v in self.kwargs.items()})
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """The function of everything in tuples, lists and dicts, in the same tuples, lists and dicts."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(function, v) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(function, v) for v in value)
+    if isinstance(value, Mapping):
+        return {k: mapped(function, v) for k, v in value.items()}
+    return function(value)
 
 
 def _shapes(values: Iterable[Any]) -> str:

@@ -62,9 +62,10 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: d
 
 
 def bind_inputs(gm: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
-    """Values of the placeholders, by node name."""
+    """Values of the placeholders, by node name, where the graph's parameters lie."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     bound: dict[str, Any] = {}
+    inputs = inputs.beside(gm)
     rest = dict(inputs.kwargs)
     for i, node in enumerate(placeholders):
         name = str(node.target)

@@ -53,7 +53,7 @@ def trace(model: nn.Module, example: Inputs) -> tuple[fx.GraphModule, list[Note]
     Raises:
         LowbitError: the model does not run on the example, or its parameters are not float32.
     """
-    copied = _copy(model)
+    copied, example = _copy(model), example.beside(model)
     _check_dtype(copied)
     with torch.no_grad(), _slow_path():
         examples, outputs = _examples(copied, example)

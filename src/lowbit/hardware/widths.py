@@ -157,7 +157,13 @@ def learn_widths(
     folder = None if out is None else _folder(Path(out), [first, last], weights, start)
     keeper = _Keeper(q, folder, settings.pop("on_epoch", None))
     trainer = Trainer(q, train, val, penalty=penalty, on_epoch=keeper.keep, out=out, **settings)
-    keeper.judge = lambda model: evaluate(model, map(split, val), trainer.settings, trainer.objective)
+    device = next(q.parameters()).device
+
+    def judge(model: QuantizedModel) -> Score:
+        data = (split(batch).to(device, channels_last=False) for batch in val)
+        return evaluate(model, data, trainer.settings, trainer.objective)
+
+    keeper.judge = judge
     trainer.fit()
     return Front(tuple(keeper.points), keeper.models if folder is None else folder)
 

@@ -81,7 +81,7 @@ class QLayer(nn.Module):
             return self.weight_quantizer.quantize(self.weight.detach())
         codes, quantizer = self.get_buffer("weight_codes"), self.weight_quantizer
         if self.frozen_spec.kind == "float":
-            return QTensor(codes, torch.ones([1] * codes.ndim), None, self.frozen_spec)
+            return QTensor(codes, torch.ones([1] * codes.ndim, device=codes.device), None, self.frozen_spec)
         scales = quantizer.scale, quantizer.zero_point, self.frozen_spec, quantizer.negative_scale
         return QTensor(codes, *scales)
 

@@ -228,7 +228,7 @@ class Quantizer(nn.Module):
     def quantize(self, x: Tensor) -> QTensor:
         """Codes of `x` under the scale of this quantizer."""
         if self.spec.kind == "float":
-            scale = torch.ones([1] * x.ndim)
+            scale = torch.ones([1] * x.ndim, device=x.device)
             return QTensor(quantize(x, scale, None, self.spec), scale, None, self.spec)
         x = self.reshaped(x)
         with torch.no_grad():

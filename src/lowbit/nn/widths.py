@@ -61,9 +61,9 @@ class WidthQuantizer(Quantizer):
         now = FixedPoint.of(old.spec, old.scale)
         made = cls(old.spec, None if old.is_weight else "minmax", old.estimator, old.weight_observer)
         made.observer, made.mode, made.scale = None, "quantize", old.scale.detach().clone()
-        made.fraction = nn.Parameter(torch.full(shape, float(now.fraction)))
+        made.fraction = nn.Parameter(torch.full(shape, float(now.fraction), device=made.scale.device))
         low, high = (math.ldexp(end, now.integer - int(now.signed)) for end in (-float(now.signed), 1.0))
-        made.register_buffer("ends", None if old.is_weight else torch.tensor([low, high]))
+        made.register_buffer("ends", None if old.is_weight else made.scale.new_tensor([low, high]))
         made.progress = torch.zeros(())
         return made.train(old.training)
 
@@ -184,4 +184,4 @@ class WidthQuantizer(Quantizer):
         return FixedPoint(width, width - held.fraction)
 
     def _scale(self, like: Tensor, to: FixedPoint) -> Tensor:
-        return torch.full([1] * like.ndim, to.scale)
+        return torch.full([1] * like.ndim, to.scale, device=like.device)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lowbit.errors import LowbitError
-from lowbit.graph.inputs import Inputs
+from lowbit.graph.inputs import Inputs, mapped
 
 __all__ = ["Batch", "check_data", "generators", "is_distributed", "length", "new_epoch", "split"]
 
@@ -40,8 +40,8 @@ class Batch:
                 return value.to(device, non_blocking=True, memory_format=torch.channels_last)
             return value.to(device, non_blocking=True)
 
-        inputs = Inputs(_map(moved, self.inputs.args), _map(moved, dict(self.inputs.kwargs)))
-        return Batch(inputs, _map(moved, self.labels), self.samples, self.total)
+        inputs = Inputs(mapped(moved, self.inputs.args), mapped(moved, dict(self.inputs.kwargs)))
+        return Batch(inputs, mapped(moved, self.labels), self.samples, self.total)
 
     def part(self, rank: int, world: int) -> Batch:
         """Samples rank, rank + world, ...; where there is none the first one, which counts for nothing."""
@@ -53,8 +53,8 @@ class Batch:
             batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
             return value[where] if batched else value
 
-        inputs = Inputs(_map(cut, self.inputs.args), _map(cut, dict(self.inputs.kwargs)))
-        return Batch(inputs, _map(cut, self.labels), count, size)
+        inputs = Inputs(mapped(cut, self.inputs.args), mapped(cut, dict(self.inputs.kwargs)))
+        return Batch(inputs, mapped(cut, self.labels), count, size)
 
 
 def split(batch: Any, input_names: Collection[str] = ()) -> Batch:
@@ -126,13 +126,3 @@ def _parts(data: Any) -> list[Any]:
         parts += [getattr(data, "sampler", None), batches, getattr(batches, "sampler", None)]
         parts.append(getattr(data, "dataset", None))
     return [part for part in {id(part): part for part in parts}.values() if part is not None]
-
-
-def _map(function: Any, value: Any) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(function, v) for v in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(function, v) for v in value)
-    if isinstance(value, Mapping):
-        return {k: _map(function, v) for k, v in value.items()}
-    return function(value)
