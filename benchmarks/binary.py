@@ -20,7 +20,7 @@ accuracy: ResNet-20 (option B) on CIFAR-10 from the float network, with the augm
 ReLUs kept, so that activations are 0 and 1. 'textbook' is binary weights with the plain straight-through
 estimator and the mean magnitude for the scale.
 
-levels, gradients: how scale and threshold are chosen, and the estimators of one bit; one epoch, seed 0.
+levels, gradients: how scale and threshold are chosen, and the estimators of one bit; seed 0.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ import lowbit
 from common import Claim, Table, add_device, arguments, progress, run_parts
 from lowbit import PerTensor, Recipe, Rule, runtime
 from lowbit.core.estimators import estimators
-from lowbit.export.qdq import write_float
 from lowbit.graph.inputs import Inputs
 from lowbit.kernels import bits
 from lowbit.presets import preset
@@ -145,7 +144,7 @@ def convolution(rounds: int) -> dict[str, Timing]:
     weight, last = bits.pack_weight(codes.long()), x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(bits.conv2d(bits.pack_signs(last), weight, padding=1).float(), layer(signs(x)))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        path = write_float(layer, Path(folder) / "float.onnx", Inputs.of(x))
+        path = lowbit.export.float_onnx(layer, Path(folder) / "float.onnx", x)
         session = runtime.session(path, threads=1)
         feed = {session.get_inputs()[0].name: x.numpy()}
 
@@ -195,7 +194,7 @@ def network(options: argparse.Namespace) -> Found:
     expected = run_on_codes(q.graph, Inputs.of(x))
     assert torch.allclose(ours(x), expected, atol=1e-5 * float(expected.abs().max()))
     with tempfile.TemporaryDirectory() as folder:
-        path = write_float(model, Path(folder) / "float.onnx", Inputs.of(x))
+        path = lowbit.export.float_onnx(model, Path(folder) / "float.onnx", x)
         session = runtime.session(path, threads=1)
         feed = {session.get_inputs()[0].name: x.numpy()}
         runs: dict[str, Callable[[], object]] = {
@@ -232,7 +231,7 @@ def linear(options: argparse.Namespace) -> Found:
     table = Table(title="4096x4096 in ONNX Runtime, batch 1, one thread", columns=columns, formats=formats)
     claims = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = {"float32": write_float(model, Path(folder) / "float.onnx", Inputs.of(x))}
+        paths = {"float32": lowbit.export.float_onnx(model, Path(folder) / "float.onnx", x)}
         for name in ("ternary", "binary"):
             q = lowbit.quantize(model, Recipe(rules=(Rule(weight=name),)), example_inputs=x)  # type: ignore[arg-type]
             paths[name] = lowbit.export.onnx(q, Path(folder) / f"{name}.onnx")
@@ -336,14 +335,14 @@ def gradients(options: argparse.Namespace) -> Found:
 def runs(
     options: argparse.Namespace, title: str, column: str, variants: dict[str, Recipe], study: str
 ) -> Table:
-    """One row for each variant, one epoch each."""
-    bench = Bench(options)
+    """One row for each variant."""
+    bench, epochs = Bench(options), options.epochs
     table = Table(
-        title=f"{title}, one epoch: top-1 %", columns=(column, "top-1 %"), formats={"top-1 %": ".2f"}
+        title=f"{title}, {epochs} epochs: top-1 %", columns=(column, "top-1 %"), formats={"top-1 %": ".2f"}
     )
     for label, recipe in variants.items():
-        name = f"{study}-{label}".replace(",", "").replace("(", "").replace(")", "")
-        table.add(**{column: label, "top-1 %": bench.qat(name, recipe)["top1"]})
+        name = f"{study}{epochs}-{label}".replace(",", "").replace("(", "").replace(")", "")
+        table.add(**{column: label, "top-1 %": bench.qat(name, recipe, epochs=epochs)["top1"]})
     return table
 
 
@@ -357,7 +356,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="also time so many (default: 1)")
     parser.add_argument("--data", help="folder with cifar10/ and models/; for training")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for runs (default: runs)")
-    parser.add_argument("--epochs", type=int, default=2, help="of part accuracy (default: 2)")
+    parser.add_argument("--epochs", type=int, default=2, help="of training (default: 2)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of part accuracy")
     parser.add_argument(
         "--recipes", nargs="+", default=["w1", "ternary", "w1a1", "textbook"], help="of accuracy"

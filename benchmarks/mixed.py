@@ -7,8 +7,9 @@
 accuracy: the weights of all layers in {2, 3, 4, 6, 8} bits, activations 8, no training; 1,024 training
 images with labels, 10,000 test images. At the bytes of uniform 4 and of uniform 3 bits: uniform, the exact
 answer for one-at-a-time damages, and that answer repaired by true evaluations; and the same at 85 % of the
-bytes of uniform 4. All of it twice: as rounded, and with `affine_correct` (scale and bias of each output
-channel by least squares), the library's default. 'agrees' is the share of test images put in the class that
+bytes of uniform 4. All of it three times: as rounded, with `affine_correct` (scale and bias of each output
+channel by least squares), and rounded by GPTQ, the library's default, whose damages the table takes to be
+those of `affine_correct`. 'agrees' is the share of test images put in the class that
 the float network puts them in; KL is that of the classes, from float to quantized. Then the rank correlation
 of every measure with the measured loss. The VGG is trained here (SGD, seed 0), unless --out has it.
 
@@ -68,7 +69,6 @@ from qat import Augmented
 
 BITS = (8, 6, 4, 3, 2)
 IMAGES = 1024
-BATCH = 128
 # in part measures: random choices of bits, and test images
 CHOICES, JUDGED = 24, 4000
 # top-1 that the mixed network must reach at the bytes of uniform 4 and 3 bits
@@ -76,7 +76,11 @@ ASKED = {("resnet20-B", 4): 92.3, ("resnet20-B", 3): 89.0}
 PARTS = ("accuracy", "measures", "cost", "qat")
 BASE = Recipe(rules=(Rule(weight=INT8, activation=UINT8),))
 # what is done after rounding; tables, repairs and networks all know it
-PIPELINES: dict[str, tuple[str, ...]] = {"as rounded": (), "corrected": ("affine_correct",)}
+PIPELINES: dict[str, tuple[str, ...]] = {
+    "as rounded": (),
+    "corrected": ("affine_correct",),
+    "by GPTQ": ("gptq",),
+}
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -89,6 +93,7 @@ class Network:
     train: cifar.Images
     test: cifar.Images
     folder: Path
+    batch: int
     pipeline: str = "corrected"
 
     @property
@@ -97,7 +102,8 @@ class Network:
 
     @property
     def batches(self) -> Batches:
-        return list(zip(self.train.x[:IMAGES].split(BATCH), self.train.y[:IMAGES].split(BATCH), strict=True))
+        x, y = self.train.x[:IMAGES], self.train.y[:IMAGES]
+        return list(zip(x.split(self.batch), y.split(self.batch), strict=True))
 
     @cached_property
     def logits(self) -> Tensor:
@@ -112,6 +118,9 @@ class Network:
         return lowbit.calibrate(q, self.train.x[:512].split(64))
 
     def table(self) -> Sensitivity:
+        if self.pipeline == "by GPTQ":  # too dear for every probe
+            same = replace(self, pipeline="corrected").table()
+            return replace(same, recipe=replace(same.recipe, refine=PIPELINES[self.pipeline]))
         path = self.file("table.json")
         if path.exists():
             return Sensitivity.load(path)
@@ -149,7 +158,7 @@ def load(name: str, options: argparse.Namespace) -> Network:
     train = cifar.load_images(options.data, "train", normalized, count).to(options.device)
     test = cifar.load_images(options.data, "test", normalized).to(options.device)
     model = trained_vgg(train, options) if name == "vgg" else load_cifar(name, options.data)
-    return Network(name, model.eval().to(options.device), train, test, options.out)
+    return Network(name, model.eval().to(options.device), train, test, options.out, options.batch)
 
 
 def trained_vgg(train: cifar.Images, options: argparse.Namespace) -> nn.Module:
@@ -261,13 +270,16 @@ def correlations(name: str, table: Sensitivity) -> Table:
 def measures(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
     """Which measure, taken on training images, foretells what is lost on test images."""
     names, tables = ("noise", "KL", "loss"), []
-    for pipeline in PIPELINES:
+    for pipeline in ("as rounded", "corrected"):
         network = replace(load("resnet20-B", options), pipeline=pipeline)
         q, x, y = network.prepared(), network.test.x[:JUDGED], network.test.y[:JUDGED]
         places = places_of(q, ("weight",))
         probers = [
             prober_of(q, places, batches)
-            for batches in (network.batches, list(zip(x.split(BATCH), y.split(BATCH), strict=True)))
+            for batches in (
+                network.batches,
+                list(zip(x.split(options.batch), y.split(options.batch), strict=True)),
+            )
         ]
         found: list[list[float]] = []
         rng = random.Random(0)
@@ -396,6 +408,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1, help="of part cost")
     parser.add_argument("--plot", type=Path, help="SVG file for the front of ResNet-20; needs matplotlib")
     add_device(parser)
+    parser.add_argument("--batch", type=int, default=128, help="images at a time while probing")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,20 @@ def recipes() -> dict[str, Recipe]:
     return {
         "W8A8": w8a8.with_rule(IN_FLOAT),
         "W8A8, attention too": w8a8,
+        "W8A8, signed": signed(w8a8).with_rule(IN_FLOAT),
+        "W8A8, signed, attention too": signed(w8a8),
         "W8A8, not smoothed": Recipe(rules=(IN_FLOAT, *w8a8.rules), refine=w8a8.refine),
         "W8": preset("w8"),
         "W4, groups of 32": w4,
         "W4, with a zero point": asymmetric,
     }
+
+
+def signed(recipe: Recipe) -> Recipe:
+    """The same with symmetric activations, which OpenVINO has kernels for; those of ONNX Runtime are slow."""
+    code = QuantSpec(bits=8)
+    rules = [replace(rule, activation=code) if rule.activation else rule for rule in recipe.rules]
+    return replace(recipe, rules=tuple(rules))
 
 
 class Embedder(nn.Module):

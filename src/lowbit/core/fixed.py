@@ -263,7 +263,7 @@ def from_real(x: Tensor, to: FixedPoint, *, clip: bool = True) -> Tensor:
     """
     if torch.isnan(x).any() or to.overflow == "wrap":
         check_finite(x)
-    codes = round_codes(torch.ldexp(x.double(), torch.tensor(to.fraction)), to.rounding)
+    codes = round_codes(x.double() * math.ldexp(1.0, to.fraction), to.rounding)
     if not clip:
         return codes.clamp(-(2.0**62), 2.0**62).long()
     if to.overflow == "wrap":
@@ -273,4 +273,4 @@ def from_real(x: Tensor, to: FixedPoint, *, clip: bool = True) -> Tensor:
 
 def to_real(codes: Tensor, fraction: int) -> Tensor:
     """codes * 2^-fraction as float64, exact up to 53 bits."""
-    return torch.ldexp(codes.double(), torch.tensor(-fraction))
+    return codes.double() * math.ldexp(1.0, -fraction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def compare(
     equal, worst, off, codes = 0, 0, 0.0, 0
     for at, f, w, s in zip(program.outputs, found, want, simulated, strict=True):
         fraction = program.steps[at].type.fraction
-        steps = torch.ldexp(f.reshape(w.shape).double(), torch.tensor(fraction)) - w.double()
+        steps = f.reshape(w.shape).double() * math.ldexp(1.0, fraction) - w.double()
         equal += int((steps == 0).sum())
         worst = max(worst, int(steps.abs().ceil().max()))
         off = max(off, float((to_real(w, fraction) - s.double()).abs().max()))

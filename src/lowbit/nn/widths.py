@@ -96,7 +96,7 @@ class WidthQuantizer(Quantizer):
             return super().quantize(x)
         y, _ = self._rounded(x.detach().float())
         to = self._type(y)
-        codes = torch.ldexp(y, torch.tensor(to.fraction)).to(replace(self.spec, bits=to.width).dtype)
+        codes = (y * math.ldexp(1.0, to.fraction)).to(replace(self.spec, bits=to.width).dtype)
         return QTensor(codes, self._scale(x, to), None, replace(self.spec, bits=to.width))
 
     def bits(self, x: Tensor | None = None) -> Tensor:
@@ -169,7 +169,7 @@ class WidthQuantizer(Quantizer):
         if self.ends is not None:
             return FixedPoint(self._integer + finest, self._integer, self.spec.signed)
         assert values is not None
-        codes = torch.ldexp(values.double(), torch.tensor(finest)).long()
+        codes = (values.double() * math.ldexp(1.0, finest)).long()
         used = codes[codes != 0]
         if not len(used):
             return FixedPoint(2, 2 - finest)
