@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from deployables import DEPLOYABLES, build
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowbit
@@ -183,7 +183,29 @@ def test_specs_without_an_accumulator_keep_float_biases(label: str, tmp_path: Pa
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     data = [torch.randn(8, 3, 8, 8)]
     q = lowbit.quantize(model, Recipe(rules=(MIXED[label],)), data)
-    assert lowbit.verify(q, lowbit.export.onnx(q, tmp_path / "m.onnx"), data).ok
+    parity = lowbit.verify(q, lowbit.export.onnx(q, tmp_path / "m.onnx"), data)
+    assert parity.ok
+    assert ("2 layers with float weights" in parity.advice) == (label == "half-precision weights")
+
+
+def test_a_step_that_is_wrong_is_refused_whatever_comes_of_it(tmp_path: Path) -> None:
+    class Off(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.0 * x
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), Off())
+    data = [torch.randn(8, 3, 8, 8)]
+    q = lowbit.quantize(model, "w8a8", data)
+    path = lowbit.export.onnx(q, tmp_path / "m.onnx")
+    assert lowbit.verify(q, path, data).ok
+    other = onnx.load(path)
+    weight = next(i for i in other.graph.initializer if i.name.endswith("_0.weight.codes"))
+    weight.raw_data = weight.raw_data[:1] + bytes([weight.raw_data[1] ^ 64]) + weight.raw_data[2:]
+    onnx.save(other, path)
+    parity = lowbit.verify(q, path, data)
+    assert parity.output_max == 0
+    assert not parity.ok
+    assert [layer.equal == 1 for layer in parity.layers] == [layer.name != "1" for layer in parity.layers]
 
 
 TRANSPOSED = {

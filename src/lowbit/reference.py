@@ -30,6 +30,11 @@ class Codes:
     centred: Tensor
     grid: Grid
 
+    @classmethod
+    def of(cls, codes: Tensor, grid: Grid) -> Codes:
+        """From the codes themselves."""
+        return cls((codes - grid.zero_point).float(), grid)
+
     def real(self) -> Tensor:
         return integer.to_real(self.centred, self.grid)
 
@@ -65,12 +70,14 @@ def _is_free(bounds: tuple[float, float], grid: Grid) -> bool:
     return ends == [grid.spec.qmin, grid.spec.qmax]
 
 
-def run_on_codes(gm: fx.GraphModule, inputs: Inputs, seen: Callable[[str, Codes], None] | None = None) -> Any:
+def run_on_codes(
+    gm: fx.GraphModule, inputs: Inputs, seen: Callable[[str, Codes], Codes] | None = None
+) -> Any:
     """Run one batch on integers.
 
     Args:
         gm: the graph of a frozen model.
-        seen: told of the codes behind each quantizer, with its path.
+        seen: told of the codes behind each quantizer, with its path; returns those to go on with.
 
     Returns:
         What the model returns, in float32.
@@ -83,11 +90,12 @@ def run_on_codes(gm: fx.GraphModule, inputs: Inputs, seen: Callable[[str, Codes]
                 values[node] = starts[node.name]
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = result = _run(gm, node, args, kwargs)
+            result = _run(gm, node, args, kwargs)
             if node.op == "output":
                 return _map(result)
             if seen is not None and kind_of(node) == "quantizer" and isinstance(result, Codes):
-                seen(str(node.target), result)
+                result = seen(str(node.target), result)
+            values[node] = result
             for dead in last_use.get(node, ()):
                 del values[dead]
     return None

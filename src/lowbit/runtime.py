@@ -7,12 +7,15 @@ from typing import Any
 
 from lowbit.processor import instructions
 
-__all__ = ["PRECISE", "advice", "session"]
+__all__ = ["PRECISE", "advice", "float_layers", "session"]
 
 # Without VNNI the kernels of ONNX Runtime for x86 add two products of uint8 and int8 in 16 bits, which
 # saturate: 255 * 127 * 2 does not fit. With this entry they take others, which are exact and slower; where
 # there is VNNI it changes nothing.
 PRECISE = ("session.x64quantprecision", "1")
+# Rounds the float weights of a layer that reads quantized inputs to 8 bits, one scale for all, unasked.
+ROUNDS_WEIGHTS = "WeightBiasQuantization"
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 
 
 def session(
@@ -37,16 +40,38 @@ def session(
     for name, value in (PRECISE, *((f"session.{name}", value) for name, value in entries.items())):
         options.add_session_config_entry(name, value)
     source = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        source, options, providers=["CPUExecutionProvider"], disabled_optimizers=[ROUNDS_WEIGHTS]
+    )
 
 
-def advice() -> str:
-    """What a user on this processor must know to run the file as it was measured; '' where nothing."""
+def advice(float_layers: int = 0) -> str:
+    """What a user on this processor must know to run the file as it was measured; '' where nothing.
+
+    Args:
+        float_layers: as `float_layers` counts them in the file.
+    """
+    said = []
+    if float_layers:
+        said.append(
+            f"{float_layers} layers with float weights read quantized inputs, and ONNX Runtime rounds such "
+            f"weights to 8 bits: run the file as here, with disabled_optimizers=['{ROUNDS_WEIGHTS}']."
+        )
     found = instructions()
-    if found is None or "avx2" not in found or {"avx512_vnni", "avx_vnni"} & set(found):
-        return ""
-    name, value = PRECISE
-    return (
-        f"This processor has no VNNI: run the file as here, with {name} = {value} among the session's "
-        "configuration entries, or kernels that saturate at 16 bits give other numbers."
+    if found is not None and "avx2" in found and not {"avx512_vnni", "avx_vnni"} & set(found):
+        name, value = PRECISE
+        said.append(
+            f"This processor has no VNNI: run the file as here, with {name} = {value} among the session's "
+            "configuration entries, or kernels that saturate at 16 bits give other numbers."
+        )
+    return "\n".join(said)
+
+
+def float_layers(proto: Any) -> int:
+    """Layers of an onnx.ModelProto whose inputs are quantized and whose weights are float numbers."""
+    dequantized = {n.output[0] for n in proto.graph.node if n.op_type == "DequantizeLinear"}
+    constant = {i.name for i in proto.graph.initializer}
+    return sum(
+        n.op_type in _WEIGHTED and n.input[0] in dequantized and n.input[1] in constant
+        for n in proto.graph.node
     )
