@@ -22,6 +22,8 @@ trains, trained for as long as these in all.
 ranks: the same trains with more ranks than they need; what `reduce_ranks` saves at 8, 6 and 4 bits.
 
 cifar: ResNet-20 with Tucker-2 convolutions in its last two stages, the same table.
+
+latency: files of these networks in ONNX Runtime, float and rounded, batch 1; ResNet-20 with --data.
 """
 
 from __future__ import annotations
@@ -29,24 +31,24 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import lowbit
 from common import Claim, Table, arguments, progress, run_parts
-from lowbit import INT8, UINT8, PerTensor, Recipe, Rule
+from lowbit import INT8, PerTensor, Recipe, Rule, runtime
 from lowbit.core.spec import QuantSpec
 from lowbit.decompose.tt import Train, matrix_to_train, train_to_matrix
-from lowbit.demo import load_images
-from lowbit.demo.data import normalize, read_idx
-from lowbit.tensor_networks import Budget, Fixed, TensorRule, TTLinear, reduce_ranks, tensorize
+from lowbit.tensor_networks import Fixed, TTLinear, reduce_ranks, tensorize
 from measure import Timing, interleave
+from tensor_tasks import Task, fashion, resnet, weights_at
 
 MODES = (4, 4, 8, 8), (8, 8, 4, 4)
 RANKS, BATCHES = (4, 8, 16), (1, 8, 32, 128, 256)
@@ -207,66 +209,6 @@ def _reduced(weight: Tensor, modes: tuple[int, ...], error: Callable[[nn.Module]
     return shown
 
 
-@dataclass(frozen=True)
-class Task:
-    """A float network, its data, and how it is trained."""
-
-    name: str
-    model: nn.Module
-    rules: Sequence[TensorRule]
-    train: Iterable[tuple[Tensor, Tensor]]
-    calibration: list[Tensor]
-    test: tuple[Tensor, Tensor]
-    epochs: int
-    lr: float
-    # a dense network of about so many weights
-    narrow: Callable[[int], nn.Module] | None = None
-
-    def top1(self, model: nn.Module) -> float:
-        x, y = self.test
-        with torch.no_grad():
-            found = torch.cat([model(part) for part in x.split(500)])
-        return 100 * float((found.argmax(1) == y).float().mean())
-
-    def trained(self, model: nn.Module) -> nn.Module:
-        """In float, from where it is: Adam, cosine."""
-        torch.manual_seed(0)
-        found = copy.deepcopy(model).train()
-        steps = self.epochs * sum(1 for _ in self.train)
-        optimizer = torch.optim.Adam(found.parameters(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for epoch in range(self.epochs):
-            for x, y in self.train:
-                optimizer.zero_grad()
-                loss = F.cross_entropy(found(x), y)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            progress(f"{self.name}: epoch {epoch + 1} of {self.epochs}, loss {loss.item():.3f}")
-        return found.eval()
-
-    def ptq(self, model: nn.Module, recipe: Recipe) -> lowbit.model.QuantizedModel:
-        return lowbit.quantize(model, recipe, self.calibration)
-
-    def qat(self, model: nn.Module, recipe: Recipe) -> lowbit.model.QuantizedModel:
-        q = lowbit.prepare(model, recipe, self.calibration[0])
-        lowbit.calibrate(q, self.calibration)
-        lowbit.Trainer(q, self.train, teacher=model, epochs=self.epochs, lr=self.lr).fit()
-        return lowbit.freeze(q)
-
-
-def weights_at(bits: int) -> Recipe:
-    """Weights of so many bits, inputs of 8, first and last layer too."""
-    base = lowbit.preset("w8a8")
-    spec = lowbit.preset(f"w{bits}a8").rules[-1].weight
-    return replace(
-        base,
-        rules=(Rule(weight=spec, activation=UINT8),),
-        equalize=True,
-        refine=("bond_correct", "affine_correct"),
-    )
-
-
 def table_of(task: Task, options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
     """Dense and factors, float and rounded, on one task."""
     shown = Table(
@@ -338,60 +280,55 @@ def table_of(task: Task, options: argparse.Namespace) -> tuple[list[Table], list
 
 def images(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
     """784-1024-1024-10 on Fashion-MNIST."""
-    return table_of(fashion(options), options)
+    task = fashion(options)
+    return table_of(replace(task, model=task.trained(task.model)), options)
 
 
-def perceptron(width: int) -> nn.Module:
-    layers = nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-    return nn.Sequential(nn.Flatten(), *layers)
+def cifar(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
+    """ResNet-20 on CIFAR-10."""
+    return table_of(resnet(options), options)
 
 
-def narrow(weights: int) -> nn.Module:
-    """The same, with about so many weights: 784 w + w^2 + 10 w."""
-    torch.manual_seed(0)
-    return perceptron(round((794**2 / 4 + weights) ** 0.5 - 794 / 2))
+def latency(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
+    """Files in ONNX Runtime; weights do not matter, so nothing is trained."""
+    tasks = [fashion(options)] + ([resnet(options)] if options.data else [])
+    return [latency_of(task, options.rounds) for task in tasks], []
 
 
-def fashion(options: argparse.Namespace) -> Task:
-    torch.manual_seed(0)
-    if options.fashion is None:
-        (x, y), test = load_images("train"), load_images("test")
-        name = "Fashion-MNIST, the 10,000 images that ship with lowbit"
-    else:
-        parts = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-        found = [read_idx(options.fashion / f"{part}-ubyte.gz") for part in parts]
-        (x, y), test = (normalize(found[0]), found[1].long()), (normalize(found[2]), found[3].long())
-        name = "Fashion-MNIST, all 60,000 images"
-    data = Shuffled(x, y)
-    model = perceptron(1024)
-    rules = [
-        TensorRule(match="1", rank=options.rank),
-        TensorRule(match="3", rank=options.rank),
-        TensorRule(kind="keep"),
-    ]
-    task = Task(name, model, rules, data, list(x[:512].split(64)), test, options.epochs, 1e-3, narrow)
-    return replace(task, model=task.trained(model))
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """Batches of 128 in a new order each time."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y) // 128
-
-    def __iter__(self) -> Any:
-        for index in torch.randperm(len(self.y)).split(128)[: len(self)]:
-            yield self.x[index], self.y[index]
+def latency_of(task: Task, rounds: int) -> Table:
+    """Times the dense network in float, batch 1."""
+    models = {"dense": task.model, "factors": tensorize(task.model, task.rules).model.eval()}
+    if task.narrow is not None:
+        models["narrow"] = task.narrow(sum(p.numel() for p in models["factors"].parameters() if p.ndim > 1))
+    x = task.calibration[0][:1]
+    shown = Table(
+        title=f"{task.name}: times dense float in ONNX Runtime, batch 1, one thread",
+        columns=("network", "float", "8 bits", "4 bits"),
+        formats=dict.fromkeys(("float", "8 bits", "4 bits"), ".2f"),
+    )
+    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for network, model in models.items():
+            paths = {"float": lowbit.export.float_onnx(model, Path(folder) / f"{network}.onnx", x)}
+            for bits in (8, 4):
+                q = task.ptq(model, weights_at(bits))
+                paths[f"{bits} bits"] = lowbit.export.onnx(q, Path(folder) / f"{network}{bits}.onnx")
+            for weights, path in paths.items():
+                session = runtime.session(path, threads=1)
+                feed = {session.get_inputs()[0].name: x.numpy()}
+                runs[network, weights] = partial(session.run, None, feed)
+        times = interleave({" ".join(key): run for key, run in runs.items()}, rounds=rounds, warmup=3)
+    for network in models:
+        row = {weights: times[f"{network} {weights}"].speedup for weights in ("float", "8 bits", "4 bits")}
+        shown.add(network=network, **row)
+    return shown
 
 
 def ranks(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
     """What `reduce_ranks` saves."""
     options = argparse.Namespace(**{**vars(options), "rank": 2 * options.rank})
     task = fashion(options)
+    task = replace(task, model=task.trained(task.model))
     small = task.trained(tensorize(task.model, task.rules).model)
     shown = Table(
         title=f"ranks under quantization, {task.name}",
@@ -428,36 +365,7 @@ def ranks(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
     return [shown], claims
 
 
-def resnet(options: argparse.Namespace) -> tuple[list[Table], list[Claim]]:
-    """ResNet-20 with Tucker-2 convolutions on CIFAR-10."""
-    import cifar
-    from networks import load_cifar
-    from qat import Augmented
-
-    if options.data is None:
-        raise SystemExit("--parts cifar needs --data, a folder with cifar10/ and models/")
-    train = cifar.load_images(options.data, "train", "resnet20-B", options.images)
-    test = cifar.load_images(options.data, "test", "resnet20-B")
-    model = load_cifar("resnet20-B", options.data).eval()
-    rules = [
-        TensorRule(match="re:layer[23].*conv[12]", kind="tucker", rank=Budget(options.share)),
-        TensorRule(kind="keep"),
-    ]
-    calibration = list(train.x[:512].split(64))
-    task = Task(
-        "ResNet-20, CIFAR-10",
-        model,
-        rules,
-        Augmented(train),
-        calibration,
-        (test.x, test.y),
-        options.epochs,
-        1e-3,
-    )
-    return table_of(task, options)
-
-
-RUN = {"speed": speed, "noise": noise, "images": images, "ranks": ranks, "cifar": resnet}
+RUN = {"speed": speed, "noise": noise, "images": images, "ranks": ranks, "cifar": cifar, "latency": latency}
 
 
 def main() -> int:
@@ -475,6 +383,8 @@ def main() -> int:
     parser.add_argument("--fashion", type=Path, help="folder with the four files of Fashion-MNIST")
     parser.add_argument("--data", type=Path, help="folder with cifar10/ and models/, for cifar")
     options = parser.parse_args()
+    if options.data is None and "cifar" in options.parts:
+        parser.error("part cifar needs --data, a folder with cifar10/ and models/")
     return run_parts(RUN, options)
 
 
