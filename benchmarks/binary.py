@@ -46,7 +46,7 @@ from lowbit.graph.inputs import Inputs
 from lowbit.kernels import bits
 from lowbit.presets import preset
 from lowbit.reference import run_on_codes
-from measure import Timing, interleave
+from measure import Timing, interleave, several
 from networks import BinaryVgg
 from qat import Bench
 
@@ -117,19 +117,6 @@ def products(m: int, n: int, k: int, rounds: int) -> dict[str, Timing]:
     }
     timings = interleave(several(runs, REPEATS if m < 1024 else 1), rounds=rounds)
     return {name: t for name, t in timings.items() if name != "float32"}
-
-
-def several(runs: dict[str, Callable[[], object]], times: int) -> dict[str, Callable[[], object]]:
-    """Each so many times in a row: the first call after another's finds cold caches."""
-
-    def repeated(run: Callable[[], object]) -> Callable[[], object]:
-        def loop() -> None:
-            for _ in range(times):
-                run()
-
-        return loop
-
-    return {name: repeated(run) for name, run in runs.items()}
 
 
 def signs(x: Tensor) -> Tensor:

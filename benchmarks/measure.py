@@ -35,6 +35,19 @@ class Timing:
         return 1 / self.paired
 
 
+def several(runs: Mapping[str, Run], times: int) -> dict[str, Run]:
+    """Each so many times in a row: the first call after another's finds cold caches."""
+
+    def repeated(run: Run) -> Run:
+        def loop() -> None:
+            for _ in range(times):
+                run()
+
+        return loop
+
+    return {name: repeated(run) for name, run in runs.items()}
+
+
 def interleave(
     runs: Mapping[str, Run], *, rounds: int, warmup: int = 1, before: Mapping[str, Run] | None = None
 ) -> dict[str, Timing]:

@@ -88,6 +88,7 @@ class Row:
 ROWS = {
     "ste": Row(outside=1.0),
     "clipped_ste": Row(fused=True),
+    "relax": Row(fused=True),
     "lsq": Row(learns=("scale",), composition=learned_step, fused=True),
     "lsq_plus": Row(learns=("scale", "zero_point"), composition=learned_step, fused=True),
     "pact": Row(learns=("scale",), composition=learned_clip, fused=True),

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit import FP16, INT8, UINT8, LowbitError, PerChannel, QTensor, QuantSpec
 from lowbit.core.affine import fake_quantize, group_amin_amax
 from lowbit.core.estimators import estimators
 from lowbit.core.observers import Observer, observers
-from lowbit.core.spec import PerTensor
+from lowbit.core.spec import TERNARY, PerTensor
 from lowbit.nn.quantizer import Quantizer
+from lowbit.training.schedule import set_progress
 
 SPECS = {
     "uint8": UINT8,
@@ -138,6 +139,38 @@ def test_what_is_learned_is_a_parameter(spec: QuantSpec, estimator: str) -> None
     before = quantizer(data())
     quantizer.learn()
     assert torch.equal(quantizer(data()), before), "twice is once"
+
+
+RELAXED = {
+    "sign": QuantSpec(bits=1, mid_rise=True, granularity=PerChannel(1)),
+    "ternary": TERNARY,
+    "int4": QuantSpec(bits=4),
+}
+
+
+@pytest.mark.parametrize("spec", RELAXED.values(), ids=RELAXED)
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.35, 0.75), (0.7, 1.0), (1.0, 1.0)])
+def test_a_relaxed_weight_goes_from_itself_to_its_codes(
+    spec: QuantSpec, progress: float, share: float
+) -> None:
+    x = data()[0]
+    relaxed, plain = (Quantizer(spec, None, name) for name in ("relax", "clipped_ste"))
+    for quantizer in (relaxed, plain):
+        quantizer.take(quantizer.fit(x))
+        quantizer.mode = "quantize"
+        quantizer.train()
+    assert torch.equal(relaxed(x), plain(x)), "rounded, where no schedule says otherwise"
+    set_progress(nn.Sequential(relaxed), progress)
+    grads = []
+    for quantizer in (relaxed, plain):
+        w = x.clone().requires_grad_()
+        quantizer(w).sum().backward()
+        grads.append(w.grad)
+    assert torch.allclose(relaxed(x), (1 - share) * x + share * plain(x), atol=1e-6)
+    assert torch.allclose(grads[0], (1 - share) + share * grads[1])
+    assert torch.equal(relaxed.eval()(x), plain.eval()(x))
+    with torch.no_grad():
+        assert torch.equal(relaxed.train()(x), plain(x))
 
 
 @pytest.mark.parametrize("spec", [FP16, INT8], ids=["fp16", "no range"])

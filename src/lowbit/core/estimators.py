@@ -1,6 +1,6 @@
 """Gradients of rounding: what training takes for the derivative of a staircase.
 
-Every estimator has the same forward pass, the one that is deployed:
+Every estimator has the same forward pass, the one that is deployed ("relax" comes to it in training):
 
     y = (clamp(round(x / s) + z, qmin, qmax) - z) * s
 
@@ -27,7 +27,7 @@ from lowbit.core.affine import fake_quantize, grouped
 from lowbit.core.spec import QuantSpec, expand_to
 from lowbit.registry import Registry
 
-__all__ = ["Estimator", "Gradients", "Local", "estimator", "estimators"]
+__all__ = ["Estimator", "Gradients", "Local", "estimator", "estimators", "share_rounded"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class Estimator:
     # whether it is for codes of one bit alone, and whether it changes with the progress of training
     one_bit: bool = False
     scheduled: bool = False
+    # whether the forward pass of training goes from the float tensor to the rounded one; see `share_rounded`
+    relaxed: bool = False
 
     def __call__(
         self,
@@ -148,11 +150,12 @@ def estimator(
     fused: str | None = None,
     one_bit: bool = False,
     scheduled: bool = False,
+    relaxed: bool = False,
 ) -> Callable[[Callable[[Local], Gradients]], Callable[[Local], Gradients]]:
     """Decorator: the function becomes the estimator of that name."""
 
     def add(gradients: Callable[[Local], Gradients]) -> Callable[[Local], Gradients]:
-        estimators.register(name)(Estimator(gradients, learns, reshape, fused, one_bit, scheduled))
+        estimators.register(name)(Estimator(gradients, learns, reshape, fused, one_bit, scheduled, relaxed))
         return gradients
 
     return add
@@ -246,6 +249,26 @@ def clipped_ste(at: Local) -> Gradients:
     Hubara et al. 2016, "Quantized neural networks", eq. 6. The scale follows the range of the tensor.
     """
     return Gradients(at.within(at.g))
+
+
+@estimator("relax", fused="mask", scheduled=True, relaxed=True)
+def relax(at: Local) -> Gradients:
+    """Clipped straight through, and a forward pass of (1 - a) x + a y, a from 0 to 1: see `share_rounded`.
+
+    Weights move towards their codes while the network still works: Yin et al. 2018, "BinaryRelax: a
+    relaxation approach for training deep neural networks with quantized weights", eq. 7, with a =
+    lambda / (lambda + 1).
+    """
+    return Gradients(at.within(at.g))
+
+
+RELAX_END = 0.7
+
+
+def share_rounded(progress: Tensor) -> Tensor:
+    """How much of a relaxed tensor is rounded: 1 - (1 - t)^2, t from 0 to 1 in the first 70 % of training."""
+    left = (1 - progress / RELAX_END).clamp(min=0.0)
+    return 1 - left.square()
 
 
 @estimator("lsq", learns=("scale",), fused="full")

@@ -15,7 +15,7 @@ from lowbit.core.affine import (
     power_of_two,
     quantize,
 )
-from lowbit.core.estimators import Estimator, damped, estimators, gain_of
+from lowbit.core.estimators import Estimator, damped, estimators, gain_of, share_rounded
 from lowbit.core.integer import Grid
 from lowbit.core.levels import Fit
 from lowbit.core.observers import Observer, observers
@@ -80,7 +80,8 @@ class Quantizer(nn.Module):
         for name in ("negative_scale", "threshold", "reach", "unit", "progress"):
             self.register_buffer(name, None)
         if self.scheduled:
-            self.progress = torch.zeros(())
+            # what is relaxed is rounded unless a schedule says otherwise
+            self.progress = torch.ones(()) if self.estimator.relaxed else torch.zeros(())
 
     @property
     def ready(self) -> bool:
@@ -220,10 +221,10 @@ class Quantizer(nn.Module):
         x = self._trained_on(x) if self.training and torch.is_grad_enabled() else self.reshaped(x.float())
         scale, zero_point = self.grid()
         if self.threshold is not None or self.spec.split:
-            return self._on_levels(x, scale)
+            return self._relaxed(x, self._on_levels(x, scale))
         if not torch.is_grad_enabled():
             return fake_quantize(x, scale, zero_point, self.spec)
-        return self._gradients(x, scale, zero_point, self._count(x))
+        return self._relaxed(x, self._gradients(x, scale, zero_point, self._count(x)))
 
     def quantize(self, x: Tensor) -> QTensor:
         """Codes of `x` under the scale of this quantizer."""
@@ -259,6 +260,13 @@ class Quantizer(nn.Module):
         """Rounded, with the estimator's gradients; one that is for one bit leaves more to "lsq"."""
         of = estimators.get("lsq") if self.estimator.one_bit and self.spec.bits > 1 else self.estimator
         return of(x, scale, zero_point, self.spec, count, self.progress)
+
+    def _relaxed(self, x: Tensor, y: Tensor) -> Tensor:
+        """The rounded tensor, on its way there in training."""
+        if not (self.estimator.relaxed and self.training and torch.is_grad_enabled()):
+            return y
+        assert self.progress is not None
+        return torch.lerp(x, y, share_rounded(self.progress))
 
     def _unit(self, x: Tensor, scale: Tensor) -> Tensor:
         """The width of a code: rounding goes up half of it beyond a code."""

@@ -112,8 +112,8 @@ class Pace:
 def set_progress(model: nn.Module, share: float) -> None:
     """Tell the quantizers of a model how much of training is done, from 0 to 1.
 
-    The Trainer does it in every step; a loop of your own calls it where a recipe names "ede", "reste" or
-    "recu".
+    The Trainer does it in every step; a loop of your own calls it where a recipe names "relax", "ede",
+    "reste" or "recu".
 
     Raises:
         LowbitError: the share is not from 0 to 1.
