@@ -138,7 +138,7 @@ class _Task:
         early = "before" if self.recipe.fold_bn == "after" else self.recipe.fold_bn
         recipe = replace(self.recipe, fold_bn=early, equalize=False)
         q = lowbit.prepare(self.model, recipe, self.calibration[0])
-        if weights_only and recipe.quantizes_activations:
+        if weights_only and recipe.calibrates:
             lowbit.calibrate(q, self.calibration)
         return q
 

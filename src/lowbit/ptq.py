@@ -81,7 +81,7 @@ def quantize(
     recipe = Recipe.get(recipe)
     if recipe.fold_bn == "after":  # without training in between it is the same, and corrections see the fold
         recipe = replace(recipe, fold_bn="before")
-    if calibration is None and recipe.quantizes_activations:
+    if calibration is None and recipe.calibrates:
         raise LowbitError(
             "the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use 'w8'"
         )

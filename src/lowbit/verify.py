@@ -18,10 +18,11 @@ from lowbit.graph.ops import kind_of, module_of
 from lowbit.graph.run import bind_inputs, flat_tensors
 from lowbit.graph.trace import Inputs
 from lowbit.model import QuantizedModel
+from lowbit.nn.dynamic import DynamicQuantizer
 from lowbit.nn.quantizer import Quantizer, grid_of
 from lowbit.passes.calibrate import batches
 from lowbit.progress import track
-from lowbit.reference import Codes, run_on_codes
+from lowbit.reference import Codes, DynamicCodes, run_on_codes
 from lowbit.tables import text_table
 
 if TYPE_CHECKING:
@@ -249,9 +250,9 @@ def _compare(q: QuantizedModel, file: _File, inputs: Inputs, tallies: _Tallies) 
     simulation: dict[str, Tensor] = {}
     signs: set[str] = set()
 
-    def remember(name: str, codes: Codes) -> None:
+    def remember(name: str, codes: Codes | DynamicCodes) -> None:
         reference[name] = codes.codes()
-        if codes.grid.spec.is_binary:
+        if isinstance(codes, Codes) and codes.grid.spec.is_binary:
             signs.add(name)
 
     with torch.inference_mode():
@@ -298,7 +299,9 @@ class _simulated_codes:  # noqa: N801  (a context manager, read as a verb)
         grid = grid_of(quantizer)
 
         def hook(module: Any, args: Any, output: Tensor) -> None:
-            if grid is not None:
+            if isinstance(quantizer, DynamicQuantizer):
+                self.into[name] = quantizer.quantize(args[0]).codes.to(torch.int32)
+            elif grid is not None:
                 self.into[name] = (torch.round(output / grid.scale) + grid.zero_point).to(torch.int32)
 
         return hook
@@ -325,7 +328,7 @@ def _open(path: Path, q: QuantizedModel) -> _File:
             if entry.key == CODES:
                 names[entry.value] = node.output[0]
     own = {str(n.target): module_of(n) for n in q.graph.graph.nodes if kind_of(n) == "quantizer"}
-    expected = {name for name, m in own.items() if isinstance(m, Quantizer) and grid_of(m) is not None}
+    expected = {name for name, m in own.items() if isinstance(m, Quantizer) and _has_codes(m)}
     unknown = [n for n in names if n.startswith("activation_quantizers.") and n not in own]
     if unknown or not expected <= set(names):
         odd = min(unknown or expected - set(names))
@@ -342,6 +345,10 @@ def _open(path: Path, q: QuantizedModel) -> _File:
     # quantized
     opened = runtime.session(proto.SerializeToString(), qdq_matmulnbits_accuracy_level="0")
     return _File(opened, {name: names[name] for name in own if name in names}, rounded, as_deployed)
+
+
+def _has_codes(quantizer: Quantizer) -> bool:
+    return isinstance(quantizer, DynamicQuantizer) or grid_of(quantizer) is not None
 
 
 def _forbid_rounding(proto: Any) -> int:

@@ -23,7 +23,7 @@ OFF = 32
 def active(model: nn.Module) -> dict[str, Quantizer]:
     """The quantizers that have a scale, by path."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
-    return {n: m for n, m in found.items() if m.spec.kind == "int" and m.ready}
+    return {n: m for n, m in found.items() if m.spec.kind == "int" and m.scale.numel()}
 
 
 def targets_of(model: nn.Module) -> dict[str, QuantSpec]:
