@@ -178,7 +178,7 @@ def test_presets(name: str, first: QuantSpec, middle: QuantSpec, activation: Qua
 
 def test_the_presets_are_those() -> None:
     assert presets() == (
-        *("w8a8", "w8", "w4a8", "w4", "w4a4", "w3a3", "w2a2"),
+        *("w8a8", "w8", "w4a8", "w8a8-dynamic", "w4a8-dynamic", "w4", "w4a4", "w3a3", "w2a2"),
         *("ternary", "b1.58", "w1", "w1a1", "fixed8", "fixed6", "fp16"),
     )
 
