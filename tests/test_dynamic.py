@@ -238,6 +238,10 @@ def test_other_layers_keep_their_inputs_in_float() -> None:
     row = q.coverage()["0"]
     assert (row.status, row.cure) == ("weight", "Rule(match='0', activation=UINT8)")
     assert q.coverage()["2"].status == "integer"
+    rows = lowbit.quantize(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2)), of(DYNAMIC8),
+                           example_inputs=X).coverage()  # fmt: skip
+    assert (rows["0"].status, rows["0"].output) == ("integer", "float"), "its range is known only afterwards"
+    assert rows["1"].status == "float"
 
 
 def test_groups_of_a_weight_leave_no_sum_of_integers() -> None:

@@ -134,7 +134,10 @@ def _layer_row(node: fx.Node, name: str, op: str) -> Row:
     if layer.weight_quantizer.spec.kind == "float" or not _all_integer(node):
         return Row(name, op, "weight", weight, inputs, output, why="no integer kernel for fp16")
     if isinstance(input_quantizer(node), DynamicQuantizer) and not has_integer_product(layer):
-        why, cure = "the scales of its weight do not leave a sum of integers", f"Rule({match}, ...)"
+        why, cure = (
+            "the scales of its weight do not leave a sum of integers",
+            f"Rule({match}, activation=DYNAMIC8)",
+        )
         return Row(name, op, "weight", weight, inputs, output, why=why, cure=cure)
     kernel = "ONNX Runtime has no integer kernel for it" if isinstance(layer, nn.ConvTranspose2d) else ""
     return Row(name, op, "integer", weight, inputs, output, why=kernel)
@@ -186,9 +189,11 @@ def _inputs(node: fx.Node) -> str:
 
 
 def _output_quantizer(node: fx.Node) -> Quantizer | None:
+    """What rounds the result as it is written; a range found at run time is known only after."""
     users = list((tail_of(node) if _runs_on_integers(node) else node).users)
     behind = users[0] if len(users) == 1 and kind_of(users[0]) == "quantizer" else None
-    return _working(node, quantizer_of(behind)) if behind is not None else None
+    found = None if behind is None else _working(node, quantizer_of(behind))
+    return None if isinstance(found, DynamicQuantizer) else found
 
 
 def _output(node: fx.Node) -> str:
