@@ -29,7 +29,7 @@ from lowbit import (
 from lowbit.cli import main
 from lowbit.graph.ops import kind_of
 from lowbit.nn.dynamic import DynamicQuantizer
-from lowbit.training.stages import enter, targets_of
+from lowbit.training.stages import OFF, enter, targets_of
 
 WHOLE = replace(DYNAMIC8, granularity=PerTensor())
 SIGNED = QuantSpec(bits=8, granularity=PerToken(), dynamic=True)
@@ -298,9 +298,11 @@ def test_gradients_pass_straight_through_and_weights_learn() -> None:
 
 def test_falling_bits_leave_it_alone() -> None:
     q = lowbit.calibrate(lowbit.prepare(network(), "w4a8-dynamic", X), [X])
-    changed = enter(q.graph, targets_of(q.graph), 6)
-    assert all(path.endswith("weight_quantizer") for path in changed)
-    assert DYNAMIC8 in {m.spec for m in q.graph.modules() if isinstance(m, DynamicQuantizer)}
+    targets, found = targets_of(q.graph), [m for m in q.graph.modules() if isinstance(m, DynamicQuantizer)]
+    enter(q.graph, targets, OFF)
+    assert torch.allclose(q(X), network()(X), atol=1e-6)
+    assert all(path.endswith("weight_quantizer") for path in enter(q.graph, targets, 6))
+    assert {(m.spec, m.mode) for m in found} == {(DYNAMIC8, "quantize")}
 
 
 def test_what_reads_models_reads_these() -> None:

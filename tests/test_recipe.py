@@ -163,6 +163,8 @@ def test_recipes_that_are_refused(fields: dict[str, Any], message: str) -> None:
         ("w8a8", INT8, INT8, UINT8),
         ("w8", INT8, INT8, None),
         ("w4a8", INT8, INT4, UINT8),
+        ("w8a8-dynamic", INT8, INT8, DYNAMIC8),
+        ("w4a8-dynamic", INT8, INT4, DYNAMIC8),
         ("w4", INT8, INT4, None),
         ("fp16", FP16, FP16, None),
     ],

@@ -83,8 +83,8 @@ def quantize(
         recipe = replace(recipe, fold_bn="before")
     if calibration is None and recipe.calibrates:
         raise LowbitError(
-            "the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use 'w8' "
-            "or 'w8a8-dynamic'"
+            "the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use "
+            "'w8' or 'w8a8-dynamic'"
         )
     if calibration is None:
         if example_inputs is None:

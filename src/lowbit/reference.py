@@ -164,7 +164,7 @@ def _move(moved: Any, grid: Grid) -> Any:
 
 def _dynamic_layer(layer: QLinear, source: DynamicCodes) -> Accumulated:
     """MatMulInteger and what is behind it, see `lowbit.export.qdq.dynamic`."""
-    q, codes = layer.kernel_qweight(source.q.spec), source.q
+    q, codes = layer.qweight(), source.q
     x = codes.codes.double() - (0 if codes.zero_point is None else codes.zero_point.double())
     sums, scale = F.linear(x, q.codes.double()).float(), q.scale.reshape(-1)
     whole = codes.spec.granularity == PerTensor()

@@ -70,7 +70,7 @@ class _Product(nn.Module):
 
     def __init__(self, layer: QLinear, source: DynamicQuantizer) -> None:
         super().__init__()
-        q = layer.kernel_qweight(source.spec)
+        q = layer.qweight()
         self.mark = codes_mark(layer, q.spec)
         self.whole = source.spec.granularity == PerTensor()
         self.register_buffer(self.mark, q.codes.t().contiguous())
