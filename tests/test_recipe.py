@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from lowbit import (
+    DYNAMIC8,
     FP16,
     INT4,
     INT8,
