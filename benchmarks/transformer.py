@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 import lowbit
 from common import Claim, Table, arguments, environment, progress, report
-from lowbit import INT8, PerGroup, QuantSpec, Recipe, Rule, preset, runtime
+from lowbit import DYNAMIC8, INT8, PerGroup, PerTensor, PerToken, QuantSpec, Recipe, Rule, preset, runtime
 from measure import Run, interleave, several
 
 Batch = dict[str, Tensor]
@@ -67,11 +67,20 @@ def recipes() -> dict[str, Recipe]:
         "W8A8, attention too": w8a8,
         "W8A8, signed": signed(w8a8).with_rule(IN_FLOAT),
         "W8A8, signed, attention too": signed(w8a8),
+        "W8A8, dynamic per token": dynamic(PerToken()),
+        "W8A8, dynamic per tensor": dynamic(PerTensor()),
         "W8A8, not smoothed": Recipe(rules=(IN_FLOAT, *w8a8.rules), refine=w8a8.refine),
         "W8": preset("w8"),
         "W4, groups of 32": w4,
         "W4, with a zero point": asymmetric,
     }
+
+
+def dynamic(where: PerToken | PerTensor) -> Recipe:
+    """What linear layers read by the range that it has at run time."""
+    recipe = preset("w8a8-dynamic")
+    rules = (replace(rule, activation=replace(DYNAMIC8, granularity=where)) for rule in recipe.rules)
+    return replace(recipe, rules=tuple(rules))
 
 
 def signed(recipe: Recipe) -> Recipe:

@@ -27,9 +27,11 @@ FLOORS = {
         (
             "",
             "cli",
+            "cli_accuracy",
             "cli_inputs",
             "cli_options",
             "cli_output",
+            "cli_quantize",
             "cli_search",
             "cli_tensorize",
             "cli_train",

@@ -95,3 +95,18 @@ def test_tensors_are_metrics_too() -> None:
 
     q = lowbit.quantize(MODEL, "auto", [X], metric=metric)
     assert len(rungs(q)) == 1
+
+
+@pytest.mark.parametrize("drop", [-0.1, float("nan"), float("inf"), "0.3", True])
+def test_a_drop_that_is_no_number_from_0_up(drop: Any) -> None:
+    with pytest.raises(LowbitError, match=r"max_drop=.* is not a finite number from 0 up; it says how much"):
+        lowbit.quantize(MODEL, "auto", [X], metric=quality, max_drop=drop)
+
+
+@pytest.mark.parametrize("given", [{"metric": quality}, {"max_drop": 0.0}, {"bits": 4}], ids=str)
+def test_what_is_for_auto_goes_with_no_other_recipe(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(LowbitError, match=rf"{name}=.* is for the recipe 'auto', and the recipe is 'w8a8'"):
+        lowbit.quantize(MODEL, "w8a8", [X], **given)
+    with pytest.raises(LowbitError, match=rf"the recipe is a Recipe; leave {name} out, or pass 'auto'"):
+        lowbit.quantize(MODEL, lowbit.preset("w8a8"), [X], **given)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from lowbit import (
+    DYNAMIC8,
     FP16,
     INT4,
     INT8,
@@ -163,6 +164,8 @@ def test_recipes_that_are_refused(fields: dict[str, Any], message: str) -> None:
         ("w8a8", INT8, INT8, UINT8),
         ("w8", INT8, INT8, None),
         ("w4a8", INT8, INT4, UINT8),
+        ("w8a8-dynamic", INT8, INT8, DYNAMIC8),
+        ("w4a8-dynamic", INT8, INT4, DYNAMIC8),
         ("w4", INT8, INT4, None),
         ("fp16", FP16, FP16, None),
     ],
@@ -178,7 +181,7 @@ def test_presets(name: str, first: QuantSpec, middle: QuantSpec, activation: Qua
 
 def test_the_presets_are_those() -> None:
     assert presets() == (
-        *("w8a8", "w8", "w4a8", "w4", "w4a4", "w3a3", "w2a2"),
+        *("w8a8", "w8", "w4a8", "w8a8-dynamic", "w4a8-dynamic", "w4", "w4a4", "w3a3", "w2a2"),
         *("ternary", "b1.58", "w1", "w1a1", "fixed8", "fixed6", "fp16"),
     )
 

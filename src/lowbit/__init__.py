@@ -4,7 +4,18 @@ from lowbit import export
 from lowbit.advise import advise
 from lowbit.compare import compare
 from lowbit.core.qtensor import QTensor, quantization_error
-from lowbit.core.spec import FP16, INT4, INT8, UINT8, PerChannel, PerGroup, PerTensor, QuantSpec
+from lowbit.core.spec import (
+    DYNAMIC8,
+    FP16,
+    INT4,
+    INT8,
+    UINT8,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantSpec,
+)
 from lowbit.errors import LowbitError
 from lowbit.export.checkpoint import load, save
 from lowbit.presets import preset
@@ -14,6 +25,7 @@ from lowbit.recipe import Recipe, Rule
 from lowbit.verify import verify
 
 __all__ = [
+    "DYNAMIC8",
     "FP16",
     "INT4",
     "INT8",
@@ -22,6 +34,7 @@ __all__ = [
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "PerToken",
     "QTensor",
     "QuantSpec",
     "Recipe",

@@ -163,7 +163,7 @@ def _activation_quantizers(q: QuantizedModel) -> Iterator[tuple[str, Quantizer]]
         str(n.target): str(n.args[0].meta["name"]) for n in q.graph.graph.nodes if kind_of(n) == "quantizer"
     }
     for path, module in q.graph.named_modules():
-        works = isinstance(module, Quantizer) and module.mode == "quantize" and module.spec.kind == "int"
+        works = isinstance(module, Quantizer) and module.mode == "quantize" and module.scale.numel()
         if works and not path.endswith("weight_quantizer"):
             yield names.get(path, path), module
 

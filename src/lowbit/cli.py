@@ -9,34 +9,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 import yaml
 
 import lowbit
-from lowbit import cli_inputs, cli_search, cli_tensorize, cli_train
+from lowbit import cli_inputs, cli_quantize, cli_search, cli_tensorize, cli_train
 from lowbit.cli_options import (
     MODEL_HELP,
-    AlsoOnnx,
     BatchSize,
     Checkpoint,
     Data,
     Json,
-    Model,
     ModelOption,
     NumBatches,
     OptionalData,
-    Output,
     Shape,
-    Weights,
 )
 from lowbit.cli_output import Answer, answering
 from lowbit.errors import LowbitError, near_miss
-from lowbit.tables import text_table
 
 __all__ = ["app", "main"]
 
@@ -89,62 +83,6 @@ def demo(
 
     with answering(as_json) as answer:
         answer.record = run(out, answer.say)
-
-
-@app.command()
-def quantize(
-    model: Model,
-    output: Output,
-    recipe: Annotated[str, typer.Option(help="preset (w8a8, w4, w1, ternary, ...) or YAML file")] = "w8a8",
-    data: OptionalData = None,
-    weights: Weights = None,
-    onnx: AlsoOnnx = None,
-    num_batches: NumBatches = None,
-    batch_size: BatchSize = None,
-    input_shape: Shape = None,
-    as_json: Json = False,
-) -> None:
-    """Calibrate and quantize a model; a recipe for weights alone takes --input-shape instead of --data."""
-    with answering(as_json) as answer:
-        chosen = lowbit.Recipe.get(recipe)
-        targets = [cli_inputs.writable(p, name) for p, name in ((output, "-o"), (onnx, "--onnx")) if p]
-        network = cli_inputs.load_model(model, weights)
-        batches = cli_inputs.calibration(chosen, data, input_shape, batch_size, num_batches)
-        _show_plan(answer, network, chosen, next(iter(batches), None))
-        calibration = {"calibration": batches} if data else {"example_inputs": batches[0]}
-        q = lowbit.quantize(network, chosen, num_batches=num_batches, **calibration)
-        for step in q.steps:
-            answer.say("\n".join(map(str, (step, *step.layers))))
-        coverage = q.coverage()
-        answer.say(f"\n{coverage}")
-        lowbit.save(q, output)
-        if onnx:
-            lowbit.export.onnx(q, onnx)
-        sizes = {str(path): path.stat().st_size for path in targets}
-        answer.say(f"\nweights in float32: {q.cost().float_bytes:,} bytes")
-        for path, size in sizes.items():
-            answer.say(f"{path}: {size:,} bytes")
-        answer.record |= {"model": model, "recipe": q.recipe.to_dict(), "steps": [asdict(s) for s in q.steps]}
-        answer.record |= {"coverage": asdict(coverage), "float_bytes": q.cost().float_bytes, "files": sizes}
-
-
-def _show_plan(answer: Answer, model: torch.nn.Module, recipe: lowbit.Recipe, example: Any) -> None:
-    """The resolved table: what the recipe says of each operation, before any work."""
-    from lowbit.assembly import float_graph
-    from lowbit.graph.trace import Inputs
-    from lowbit.passes.place import resolve
-
-    if example is None:
-        raise LowbitError("--data holds no batch; give at least one (100 samples or more are wise)")
-    graph, _ = float_graph(model, replace(recipe, equalize=False), Inputs.of(example))
-    header = ("layer", "operation", "weight", "activation", "why")
-    rows = [(d.name, d.op, _spec(d.weight), _spec(d.activation), d.why) for d in resolve(graph, recipe)]
-    answer.say(f"{text_table(header, rows)}\n")
-    answer.record["plan"] = [dict(zip(header, row, strict=True)) for row in rows]
-
-
-def _spec(spec: lowbit.QuantSpec | None) -> str:
-    return "float" if spec is None else str(spec)
 
 
 @app.command()
@@ -277,6 +215,7 @@ def _show_hardware(answer: Answer, file: Path, model: str | None, data: str | No
     answer.record |= {"ebops": found.ebops, "steps": [asdict(row) for row in found.rows]}
 
 
+app.command()(cli_quantize.quantize)
 app.command()(cli_train.train)
 app.command()(cli_search.search)
 app.command()(cli_tensorize.tensorize)

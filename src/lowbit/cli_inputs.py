@@ -148,7 +148,7 @@ def calibration(
     """Calibration data; without it one batch of zeros, which shows shapes to a recipe for weights alone."""
     if data is not None:
         return load_data(data, batch_size, num_batches)
-    if recipe.quantizes_activations:
+    if recipe.calibrates:
         raise LowbitError(
             "the recipe quantizes activations, whose ranges come from data; give --data or use w8"
         )

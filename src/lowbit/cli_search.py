@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import nn
 
 import lowbit
 from lowbit import cli_inputs, distributed
+from lowbit.cli_accuracy import accuracy_on, check_labels
 from lowbit.cli_options import BatchSize, Data, Json, Model, NumBatches, OptionalData, Weights
 from lowbit.cli_output import Answer, answering
 from lowbit.errors import LowbitError, near_miss
@@ -25,7 +25,6 @@ from lowbit.search.repair import MEASURED
 from lowbit.search.sites import places_of
 from lowbit.search.table import KINDS, MEASURES
 from lowbit.training.batches import split
-from lowbit.training.losses import accuracy
 
 __all__ = ["search"]
 
@@ -129,11 +128,8 @@ class _Task:
             raise LowbitError("--data holds no batch; give at least one (1,000 samples are wise)")
         held = None if val is None else cli_inputs.load_data(val, option="--val")
         for option, found in (("--data", batches), ("--val", held)):
-            first = None if found is None else next(iter(found), None)
-            if first is not None and split(first).labels is None:
-                raise LowbitError(
-                    f"{option} has no labels, which accuracy needs; store them as y, or return batches (x, y)"
-                )
+            if found is not None:
+                check_labels(found, option)
         name = "the data that was searched on, for there is no --val" if held is None else "validation data"
         return cls(network, lowbit.Recipe.get(recipe), batches, batches if held is None else held, name)
 
@@ -142,7 +138,7 @@ class _Task:
         early = "before" if self.recipe.fold_bn == "after" else self.recipe.fold_bn
         recipe = replace(self.recipe, fold_bn=early, equalize=False)
         q = lowbit.prepare(self.model, recipe, self.calibration[0])
-        if weights_only and recipe.quantizes_activations:
+        if weights_only and recipe.calibrates:
             lowbit.calibrate(q, self.calibration)
         return q
 
@@ -161,13 +157,7 @@ class _Task:
 
     def accuracy(self, model: nn.Module) -> float:
         """Share of the judging data that is put in its class."""
-        right, samples = 0.0, 0
-        model.eval()
-        with torch.inference_mode():
-            for batch in map(split, self.val):
-                right += accuracy(batch.inputs.call(model), batch.labels) * batch.samples
-                samples += batch.samples
-        return right / max(1, samples)
+        return accuracy_on(model, self.val, "accuracy")[0]
 
 
 def _repaired(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,15 +15,14 @@ from torch import nn
 
 import lowbit
 from lowbit import cli_inputs, distributed
+from lowbit.cli_accuracy import accuracy_on, check_labels
 from lowbit.cli_options import DATA_HELP, MODEL_HELP, Json, OptionalData, Weights
 from lowbit.cli_output import Answer, answering
 from lowbit.errors import LowbitError
 from lowbit.model import QuantizedModel
-from lowbit.progress import track
 from lowbit.qat import Run
 from lowbit.tables import text_table
 from lowbit.training.batches import check_data, split
-from lowbit.training.losses import accuracy
 
 __all__ = ["train"]
 
@@ -169,14 +167,7 @@ def _task(model: str, weights: str | None, data: str | None, val: str | None, ba
     test = cli_inputs.load_data(data, batch_size) if held is None else held
     for option, batches in (("--data", found), ("--val", test)):
         check_data(batches, option)
-        first = next(iter(batches), None)
-        if first is None:
-            raise LowbitError(f"{option} holds no batch; give at least one")
-        if split(first).labels is None:
-            raise LowbitError(
-                f"{option} has no labels, which training and accuracy need; store them as y in an .npz or "
-                ".safetensors file, or return batches (x, y)"
-            )
+        check_labels(batches, option)
     name = "training data, for there is no --val" if held is None else "validation data"
     return Task(model=network, train=found, val=held, test=test, test_name=name)
 
@@ -204,7 +195,7 @@ class _Study:
         trainers = {
             n: self.trainer(n, lowbit.prepare(self.task.model, r, calibration[0])) for n, r in recipes.items()
         }
-        float_accuracy, samples = _accuracy(self.task.model, self.task.test, "float")
+        float_accuracy, samples = accuracy_on(self.task.model, self.task.test, "float")
         self.out.mkdir(parents=True, exist_ok=True)
         outcomes = []
         for name, trainer in trainers.items():
@@ -236,13 +227,13 @@ class _Study:
     ) -> Outcome:
         """One recipe without training, and with it."""
         ptq = lowbit.quantize(self.task.model, recipe, calibration)
-        before, _ = _accuracy(ptq, self.task.test, f"{name}, PTQ")
+        before, _ = accuracy_on(ptq, self.task.test, f"{name}, PTQ")
         answer.say(f"{name}: {100 * before:.2f} % without training")
         lowbit.calibrate(trainer.q, calibration)
         run = _fit(trainer)
         answer.say(f"{run}\n")
         q = lowbit.freeze(trainer.q)
-        after, _ = _accuracy(q, self.task.test, f"{name}, QAT")
+        after, _ = accuracy_on(q, self.task.test, f"{name}, QAT")
         file = self.out / f"{name}.safetensors"
         path, parity = self.out / f"{name}.onnx", None
         if distributed.rank() == 0:
@@ -290,17 +281,6 @@ def _fit(trainer: lowbit.Trainer) -> Run:
     except LowbitError as error:
         text = str(error).replace("another out or with resume=False", "another --out, or with --restart")
         raise LowbitError(text) from error
-
-
-def _accuracy(model: nn.Module, data: Iterable[Any], what: str) -> tuple[float, int]:
-    """Share of the samples that a model puts in their class, and how many there are."""
-    right, samples = 0.0, 0
-    model.eval()
-    with torch.inference_mode():
-        for batch in track(map(split, data), what):
-            right += accuracy(batch.inputs.call(model), batch.labels) * batch.samples
-            samples += batch.samples
-    return right / max(1, samples), samples
 
 
 def _float_bytes(model: nn.Module) -> int:

@@ -7,9 +7,18 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from lowbit.graph.match import is_folded_later, path_name, quantizer_of, rule_name, tail_of, tensor_inputs
+from lowbit.graph.match import (
+    input_quantizer,
+    is_folded_later,
+    path_name,
+    quantizer_of,
+    rule_name,
+    tail_of,
+    tensor_inputs,
+)
 from lowbit.graph.ops import INTEGER, adds_mask, is_tensor, kind_of, label, module_label, module_of
 from lowbit.graph.trace import Note
+from lowbit.nn.dynamic import DynamicQuantizer, has_integer_product
 from lowbit.nn.layers import BoundLayer, QLayer, obstacle, quantized_layer
 from lowbit.nn.quantizer import Quantizer
 from lowbit.nn.scale import Scale
@@ -124,6 +133,12 @@ def _layer_row(node: fx.Node, name: str, op: str) -> Row:
         return Row(name, op, "weight", weight, output=output, why=why, cure=cure)
     if layer.weight_quantizer.spec.kind == "float" or not _all_integer(node):
         return Row(name, op, "weight", weight, inputs, output, why="no integer kernel for fp16")
+    if isinstance(input_quantizer(node), DynamicQuantizer) and not has_integer_product(layer):
+        why, cure = (
+            "the scales of its weight do not leave a sum of integers",
+            f"Rule({match}, activation=DYNAMIC8)",
+        )
+        return Row(name, op, "weight", weight, inputs, output, why=why, cure=cure)
     kernel = "ONNX Runtime has no integer kernel for it" if isinstance(layer, nn.ConvTranspose2d) else ""
     return Row(name, op, "integer", weight, inputs, output, why=kernel)
 
@@ -148,7 +163,7 @@ def _unreached(node: fx.Node, quantizer: Quantizer) -> bool:
     gm = node.graph.owning_module
     assert gm is not None
     return quantizer.mode == "off" and any(
-        isinstance(m, Quantizer) and m.mode == "quantize" for m in gm.modules()
+        isinstance(m, Quantizer) and m.mode == "quantize" and not m.spec.dynamic for m in gm.modules()
     )
 
 
@@ -157,7 +172,11 @@ def _why_not_integer(node: fx.Node) -> tuple[str, str]:
     found = [quantizer_of(source) for source in tensor_inputs(node)]
     if any(q is not None and _unreached(node, q) for q in found):
         return "no calibration data reached it", "calibrate on data that does"
-    asked = {d.name for d in node.graph.owning_module.meta.get("decisions", ()) if d.activation is not None}
+    decisions = node.graph.owning_module.meta.get("decisions", ())
+    asked = {d.name: d.activation for d in decisions if d.activation is not None}
+    if rule_name(node) in asked and asked[rule_name(node)].dynamic:
+        cure = f"Rule(match='{rule_name(node)}', activation=UINT8)"
+        return "ranges found at run time are those of what linear layers read", cure
     if kind_of(node) in ("add", "mul") and rule_name(node) in asked:
         return "only operations in float read it, so that rounding it gains nothing", ""
     weight = ", weight=INT8" if kind_of(node) == "layer" else ""
@@ -170,9 +189,11 @@ def _inputs(node: fx.Node) -> str:
 
 
 def _output_quantizer(node: fx.Node) -> Quantizer | None:
+    """What rounds the result as it is written; a range found at run time is known only after."""
     users = list((tail_of(node) if _runs_on_integers(node) else node).users)
     behind = users[0] if len(users) == 1 and kind_of(users[0]) == "quantizer" else None
-    return _working(node, quantizer_of(behind)) if behind is not None else None
+    found = None if behind is None else _working(node, quantizer_of(behind))
+    return None if isinstance(found, DynamicQuantizer) else found
 
 
 def _output(node: fx.Node) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
+from lowbit.core.rounding import Gain
 from lowbit.errors import LowbitError
 from lowbit.model import QuantizedModel, Step
 from lowbit.presets import preset
@@ -32,8 +34,8 @@ def climb(
     quantize: Callable[[Recipe], QuantizedModel],
     metric: Metric,
     *,
-    max_drop: float,
-    bits: int,
+    max_drop: float = 0.5,
+    bits: int = 8,
 ) -> QuantizedModel:
     """The first recipe whose metric is at most `max_drop` below that of the float model.
 
@@ -47,8 +49,13 @@ def climb(
         bits: of the weights, but in the first and last layer.
 
     Raises:
-        LowbitError: `metric` gives no finite number, or there is no preset of so many bits.
+        LowbitError: `metric` gives no finite number, `max_drop` is none from 0 up, or there is no preset of
+            so many bits.
     """
+    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
+        raise LowbitError(
+            f"max_drop={max_drop!r} is not a finite number from 0 up; it says how much may be lost"
+        )
     rungs = _rungs(bits)
     model.eval()
     ladder = _Ladder(quantize, metric, _value(metric, model) - max_drop)
@@ -106,9 +113,14 @@ def _rungs(bits: int) -> list[Rung]:
     ]
 
 
+def _kept(gain: Gain) -> float:
+    """What is left of the output of a layer, in dB."""
+    return -math.inf if gain.after_db is None else gain.after_db
+
+
 def _wider(rung: Rung, q: QuantizedModel) -> Iterator[Rung]:
     """More and more layers in 8 bits, those first of whose output `q` keeps least."""
-    gains = sorted((g for s in q.steps for g in s.layers if not g.why), key=lambda g: g.after_db)
+    gains = sorted((g for s in q.steps for g in s.layers if not g.why), key=_kept)
     edge, count = rung.recipe.rules[0], 1
     while count < 2 * len(gains):
         worst = gains[:count]

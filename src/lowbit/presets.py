@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lowbit.core.spec import (
+    DYNAMIC8,
     FP16,
     INT8,
     TERNARY,
@@ -23,7 +24,7 @@ from lowbit.recipe import SPECS, Recipe, Rule
 __all__ = ["preset", "presets"]
 
 _EDGES = "the first and the last layer keep 8 bits"
-_NAME = re.compile(r"(?:w([1-8])|ternary)(?:a([1-8]))?")
+_NAME = re.compile(r"(?:w([1-8])|ternary)(?:a([1-8])|a(8)-dynamic)?")
 _FIXED = re.compile(r"fixed([2-9]|1[0-6])")
 # activations of one bit; behind a ReLU `place` makes the codes 0 and 1 of it
 SIGN = SPECS["sign"]
@@ -35,6 +36,8 @@ def presets() -> tuple[str, ...]:
         "w8a8",
         "w8",
         "w4a8",
+        "w8a8-dynamic",
+        "w4a8-dynamic",
         "w4",
         "w4a4",
         "w3a3",
@@ -65,6 +68,9 @@ def preset(
     magnitude of the tensor for the scale, whatever the granularity, and 8-bit activations. BatchNorm is kept
     for training and folded at freeze. Without training, weights below 8 bits are rounded by GPTQ.
 
+    `w8a8-dynamic`, `w4a8-dynamic` and so on: what linear layers read is rounded by the range that each token
+    has itself as the network runs, and everything else stays in float; activations need no data.
+
     `fixed8`, `fixed6` and so on, up to 16 bits, are fixed point for hardware: one power of two for each
     tensor, first and last layer too; no zero point, and no sign behind a ReLU; BatchNorm folded at once.
 
@@ -88,12 +94,12 @@ def preset(
     if found is None:
         raise LowbitError(f"no preset is named '{name}'{near_miss(name, presets())}")
     where = _granularity(weight_granularity)
-    bits, inputs = int(found[1] or 2), found[2] and int(found[2])
-    activation = UINT8 if inputs else None
+    bits, inputs = int(found[1] or 2), int(found[2] or found[3] or 0)
+    activation = DYNAMIC8 if found[3] else UINT8 if inputs else None
     weight = replace(INT8, granularity=where)
     wide = Rule(weight=weight, activation=activation, observer=observer, estimator=estimator)
     more: dict[str, Any] = {"fold_bn": "after", "refine": ("affine_correct",), "smooth": True}
-    if bits == 8 and inputs in (8, None):
+    if bits == 8 and inputs in (8, 0):
         return Recipe(rules=(wide,), equalize=where == PerTensor(), **more)
     # a group size that suits the inner layers rarely divides the inputs of the first
     edge = wide if where == PerTensor() else replace(wide, weight=INT8)
@@ -102,7 +108,7 @@ def preset(
     codes = replace(TERNARY, granularity=where) if found[1] is None else _odd_when_few(bits, where)
     narrow, more["refine"] = replace(wide, weight=codes), ("gptq",)
     rules: tuple[Rule, ...] = (*edges, narrow)
-    if inputs and inputs < 8:
+    if 0 < inputs < 8:
         read = SIGN if inputs == 1 else replace(UINT8, bits=inputs)
         layers = replace(narrow, match="role:layer", activation=read)
         rules = (*edges, layers, replace(wide, weight=None))

@@ -35,8 +35,8 @@ def quantize(
     num_batches: int | None = None,
     example_inputs: Any = None,
     metric: Metric | None = None,
-    max_drop: float = 0.5,
-    bits: int = 8,
+    max_drop: float | None = None,
+    bits: int | None = None,
 ) -> QuantizedModel:
     """Post-training quantization in one call. The model is left as it was.
 
@@ -53,12 +53,13 @@ def quantize(
         num_batches: how many batches of it to use; all by default.
         example_inputs: one batch, for tracing, when there is no calibration data.
         metric: of "auto": what is compared, larger is better; it is given the float model and quantized ones.
-        max_drop: of "auto": how much of the metric may be lost, in its own units.
-        bits: of "auto": of weights, but for the first and last layer and those that turn out to need more.
+        max_drop: of "auto": how much of the metric may be lost, in its own units; 0.5 by default.
+        bits: of "auto": of weights, but for the first and last layer and those that turn out to need more; 8
+            by default.
 
     Raises:
         LowbitError: activations are to be quantized without data, a rule matches nothing, the model does not
-            run.
+            run; what is for "auto" goes with another recipe.
     """
     if recipe == "auto":
         if metric is None or calibration is None:
@@ -67,13 +68,23 @@ def quantize(
                 "model, such as its accuracy"
             )
         data = list(batches(calibration, num_batches))
-        return climb(model, partial(quantize, model, calibration=data), metric, max_drop=max_drop, bits=bits)
+        asked = {"max_drop": max_drop, "bits": bits}
+        limits: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        return climb(model, partial(quantize, model, calibration=data), metric, **limits)
+    for name, value in (("metric", metric), ("max_drop", max_drop), ("bits", bits)):
+        if value is not None:
+            shown = f"'{recipe}'" if isinstance(recipe, str) else f"a {type(recipe).__name__}"
+            raise LowbitError(
+                f"{name}={value!r} is for the recipe 'auto', and the recipe is {shown}; leave {name} out, or "
+                "pass 'auto'"
+            )
     recipe = Recipe.get(recipe)
     if recipe.fold_bn == "after":  # without training in between it is the same, and corrections see the fold
         recipe = replace(recipe, fold_bn="before")
-    if calibration is None and recipe.quantizes_activations:
+    if calibration is None and recipe.calibrates:
         raise LowbitError(
-            "the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use 'w8'"
+            "the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use "
+            "'w8' or 'w8a8-dynamic'"
         )
     if calibration is None:
         if example_inputs is None:

@@ -14,6 +14,7 @@ from lowbit.core.observers import observers
 from lowbit.core.reshapes import reshapes
 from lowbit.core.spec import (
     BINARY,
+    DYNAMIC8,
     FP16,
     INT4,
     INT8,
@@ -62,9 +63,10 @@ class Rule:
     # spec of the weight, or its name: int8, int4, fp16, binary, ternary; None leaves it in float
     weight: QuantSpec | None = None
     # spec of the tensors the operation reads, and of what it writes where no reader says otherwise, or its
-    # name: uint8, fp16, sign (-1, 1), bit (0, 1); None leaves them in float
+    # name: uint8, fp16, sign (-1, 1), bit (0, 1); None leaves them in float. With ranges found at run time,
+    # such as dynamic8, what linear layers read, and nothing else
     activation: QuantSpec | None = None
-    # how the range of activations is chosen
+    # how the range of activations is chosen, unless it is found at run time
     observer: str = "mse"
     # how the scale of the weight is chosen: "mse", or "minmax"; of binary and ternary ones also "absmean",
     # "twn" and "ttq"; see `lowbit.core.weight_observers`
@@ -90,6 +92,10 @@ class Rule:
                 object.__setattr__(self, field, _spec(getattr(self, field)))
         observers.get(self.observer)
         reshapes.get(self.reshape or "none")
+        if self.weight is not None and self.weight.dynamic:
+            raise LowbitError(
+                "weight has dynamic=True, and the range of a weight is known before; use it for activation"
+            )
         if self.weight is not None:
             check_weight_observer(self.weight_observer, self.weight)
         estimators.get(self.estimator)
@@ -195,6 +201,11 @@ class Recipe:
         """Whether any rule asks for it."""
         return any(rule.activation is not None for rule in self.rules)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether there are ranges of activations that come from data."""
+        return any(rule.activation is not None and not rule.activation.dynamic for rule in self.rules)
+
     def with_rule(self, rule: Rule) -> Recipe:
         """The same recipe with one rule in front of the others."""
         return replace(self, rules=(rule, *self.rules))
@@ -273,6 +284,7 @@ SPECS = {
     "binary": BINARY,
     "ternary": TERNARY,
     "sign": replace(BINARY, granularity=PerTensor()),
+    "dynamic8": DYNAMIC8,
     "bit": QuantSpec(bits=1, signed=False),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,15 +12,17 @@ from torch.nn import functional as F
 
 from lowbit.core import integer
 from lowbit.core.integer import Grid
-from lowbit.core.spec import expand_to
+from lowbit.core.qtensor import QTensor
+from lowbit.core.spec import PerTensor, expand_to
 from lowbit.graph.match import is_global_pool
 from lowbit.graph.ops import clamp_bounds, kind_of, label, module_of
 from lowbit.graph.run import bind_inputs, evaluate, last_uses
 from lowbit.graph.trace import Inputs
+from lowbit.nn.dynamic import DynamicQuantizer, has_integer_product
 from lowbit.nn.layers import QConv1d, QConv2d, QConvTranspose2d, QLinear
 from lowbit.nn.quantizer import Quantizer, grid_of
 
-__all__ = ["Codes", "average_window", "run_on_codes"]
+__all__ = ["AnyCodes", "Codes", "DynamicCodes", "average_window", "run_on_codes"]
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,37 @@ class Codes:
     centred: Tensor
     grid: Grid
 
-    @classmethod
-    def of(cls, codes: Tensor, grid: Grid) -> Codes:
-        """From the codes themselves."""
-        return cls((codes - grid.zero_point).float(), grid)
-
     def real(self) -> Tensor:
         return integer.to_real(self.centred, self.grid)
 
     def codes(self) -> Tensor:
         """The codes themselves, int32."""
         return (self.centred + self.grid.zero_point).to(torch.int32)
+
+    def with_codes(self, codes: Tensor) -> Codes:
+        """Other codes of the same grid."""
+        return Codes((codes - self.grid.zero_point).float(), self.grid)
+
+
+@dataclass(frozen=True)
+class DynamicCodes:
+    """Codes under a range found at run time: a scale for the tensor, or for each token."""
+
+    q: QTensor
+
+    def real(self) -> Tensor:
+        return self.q.dequantize()
+
+    def codes(self) -> Tensor:
+        """The codes, int32."""
+        return self.q.codes.to(torch.int32)
+
+    def with_codes(self, codes: Tensor) -> DynamicCodes:
+        """Other codes under the same scales."""
+        return DynamicCodes(replace(self.q, codes=codes.to(self.q.codes.dtype)))
+
+
+AnyCodes = Codes | DynamicCodes
 
 
 @dataclass(frozen=True)
@@ -71,7 +93,7 @@ def _is_free(bounds: tuple[float, float], grid: Grid) -> bool:
 
 
 def run_on_codes(
-    gm: fx.GraphModule, inputs: Inputs, seen: Callable[[str, Codes], Codes] | None = None
+    gm: fx.GraphModule, inputs: Inputs, seen: Callable[[str, AnyCodes], AnyCodes] | None = None
 ) -> Any:
     """Run one batch on integers.
 
@@ -93,7 +115,11 @@ def run_on_codes(
             result = _run(gm, node, args, kwargs)
             if node.op == "output":
                 return _map(result)
-            if seen is not None and kind_of(node) == "quantizer" and isinstance(result, Codes):
+            if (
+                seen is not None
+                and kind_of(node) == "quantizer"
+                and isinstance(result, (Codes, DynamicCodes))
+            ):
                 result = seen(str(node.target), result)
             values[node] = result
             for dead in last_use.get(node, ()):
@@ -106,6 +132,8 @@ def _run(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     if kind == "quantizer":
         quantizer = module_of(node)
         assert isinstance(quantizer, Quantizer)
+        if isinstance(quantizer, DynamicQuantizer):
+            return DynamicCodes(quantizer.quantize(_real(args[0])))
         grid = grid_of(quantizer)
         if grid is not None:
             source = args[0]
@@ -128,7 +156,7 @@ def _run(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
 
 
 def _real(value: Any) -> Any:
-    return value.real() if isinstance(value, (Codes, Accumulated)) else value
+    return value.real() if isinstance(value, (Codes, DynamicCodes, Accumulated)) else value
 
 
 def _map(value: Any) -> Any:
@@ -146,8 +174,21 @@ def _move(moved: Any, grid: Grid) -> Any:
     return tuple(_move(m, grid) for m in moved) if isinstance(moved, (tuple, list)) else moved
 
 
+def _dynamic_layer(layer: QLinear, source: DynamicCodes) -> Accumulated:
+    """MatMulInteger and what is behind it, see `lowbit.export.qdq.dynamic`."""
+    q, codes = layer.qweight(), source.q
+    x = codes.codes.double() - (0 if codes.zero_point is None else codes.zero_point.double())
+    sums, scale = F.linear(x, q.codes.double()).float(), q.scale.reshape(-1)
+    whole = codes.spec.granularity == PerTensor()
+    real = sums * (codes.scale * scale) if whole else sums * scale * codes.scale
+    real = real if layer.bias is None else real + layer.bias.detach()
+    return Accumulated(lambda grid: integer.round_to(real, grid), lambda: real)
+
+
 def _layer(node: fx.Node, args: tuple[Any, ...]) -> Accumulated | None:
     layer = module_of(node)
+    if isinstance(args[0], DynamicCodes) and isinstance(layer, QLinear) and has_integer_product(layer):
+        return _dynamic_layer(layer, args[0])
     if (
         not isinstance(args[0], Codes)
         or not isinstance(layer, (QLinear, QConv1d, QConv2d))

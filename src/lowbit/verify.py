@@ -18,10 +18,11 @@ from lowbit.graph.ops import kind_of, module_of
 from lowbit.graph.run import bind_inputs, flat_tensors
 from lowbit.graph.trace import Inputs
 from lowbit.model import QuantizedModel
+from lowbit.nn.dynamic import DynamicQuantizer
 from lowbit.nn.quantizer import Quantizer, grid_of
 from lowbit.passes.calibrate import batches
 from lowbit.progress import track
-from lowbit.reference import Codes, run_on_codes
+from lowbit.reference import AnyCodes, Codes, run_on_codes
 from lowbit.tables import text_table
 
 if TYPE_CHECKING:
@@ -257,13 +258,13 @@ def _compare(q: QuantizedModel, file: _File, inputs: Inputs, tallies: _Tallies) 
     reference: dict[str, tuple[Tensor, Tensor]] = {}
     simulation: dict[str, Tensor] = {}
 
-    def go_on_from_file(name: str, codes: Codes) -> Codes:
+    def go_on_from_file(name: str, codes: AnyCodes) -> AnyCodes:
         if name not in names:
             return codes
-        shift = SIGN_ZERO if codes.grid.spec.is_binary else 0
-        there = torch.from_numpy(found[names[name]].astype(np.int32)) - shift
+        is_sign = isinstance(codes, Codes) and codes.grid.spec.is_binary
+        there = torch.from_numpy(found[names[name]].astype(np.int32)) - SIGN_ZERO * is_sign
         reference[name] = codes.codes(), there
-        return Codes.of(there, codes.grid)
+        return codes.with_codes(there)
 
     with torch.inference_mode():
         expected = flat_tensors(run_on_codes(q.graph, inputs, go_on_from_file))
@@ -307,7 +308,9 @@ class _simulated_codes:  # noqa: N801  (a context manager, read as a verb)
         grid = grid_of(quantizer)
 
         def hook(module: Any, args: Any, output: Tensor) -> None:
-            if grid is not None:
+            if isinstance(quantizer, DynamicQuantizer):
+                self.into[name] = quantizer.quantize(args[0]).codes.to(torch.int32)
+            elif grid is not None:
                 self.into[name] = (torch.round(output / grid.scale) + grid.zero_point).to(torch.int32)
 
         return hook
@@ -334,7 +337,7 @@ def _open(path: Path, q: QuantizedModel) -> _File:
             if entry.key == CODES:
                 names[entry.value] = node.output[0]
     own = {str(n.target): module_of(n) for n in q.graph.graph.nodes if kind_of(n) == "quantizer"}
-    expected = {name for name, m in own.items() if isinstance(m, Quantizer) and grid_of(m) is not None}
+    expected = {name for name, m in own.items() if isinstance(m, Quantizer) and _has_codes(m)}
     unknown = [n for n in names if n.startswith("activation_quantizers.") and n not in own]
     if unknown or not expected <= set(names):
         odd = min(unknown or expected - set(names))
@@ -352,6 +355,10 @@ def _open(path: Path, q: QuantizedModel) -> _File:
     opened = runtime.session(proto.SerializeToString(), qdq_matmulnbits_accuracy_level="0")
     found = {name: names[name] for name in own if name in names}
     return _File(opened, found, rounded, as_deployed, runtime.float_layers(proto))
+
+
+def _has_codes(quantizer: Quantizer) -> bool:
+    return isinstance(quantizer, DynamicQuantizer) or grid_of(quantizer) is not None
 
 
 def _forbid_rounding(proto: Any) -> int:

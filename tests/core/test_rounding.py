@@ -142,4 +142,4 @@ def test_a_gain_reads_as_a_line() -> None:
         str(Gain("a", 10.0, 10.0, "its error would rise"))
         == "  a: 10.0 -> 10.0 dB; as it was, its error would rise"
     )
-    assert str(Gain("a", 0.0, 0.0, "no data reached it")) == "  a: as it was, no data reached it"
+    assert str(Gain("a", why="no data reached it")) == "  a: as it was, no data reached it"

@@ -22,6 +22,7 @@ __all__ = [
     "fake_quantize",
     "group_amin_amax",
     "grouped",
+    "own_qparams",
     "power_of_two",
     "quantize",
     "round_codes",
@@ -80,6 +81,24 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
         return scale, None
     zero_point = (spec.qmin - lo / scale.double()).round().clamp(spec.qmin, spec.qmax)
     return scale, zero_point.to(torch.int32)
+
+
+def own_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover a tensor's own range, in float32 as kernels find them at run time.
+
+    scale = (hi - lo) / (qmax - qmin) and zero point = rint(qmin - lo / scale), with zero in [lo, hi]: those
+    of DynamicQuantizeLinear (ONNX). Symmetric codes have the least scale that holds both ends. NaN gives NaN.
+
+    Returns:
+        As `choose_qparams`, in the shape of the scale.
+    """
+    lo, hi = group_amin_amax(x.detach().float(), spec)
+    lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
+    if not spec.symmetric:
+        scale = ((hi - lo) / (spec.qmax - spec.qmin)).clamp(min=MIN_SCALE)
+        return scale, (spec.qmin - lo / scale).clamp(spec.qmin, spec.qmax).round().int()
+    scale = hi / spec.qmax
+    return (torch.maximum(scale, lo / spec.qmin) if spec.signed else scale).clamp(min=MIN_SCALE), None
 
 
 def power_of_two(scale: Tensor, to: Literal["above", "nearest"] = "above") -> Tensor:
@@ -180,7 +199,7 @@ def group_amin_amax(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each set of elements that shares a scale, in the shape of the scale."""
     shape = spec.scale_shape(x.shape)
     if x.numel() == 0:
-        return torch.zeros(shape), torch.zeros(shape)
+        return x.new_zeros(shape), x.new_zeros(shape)
     # over everything it is vectorized, and no layout of memory needs a copy
     lo, hi = torch.aminmax(x) if math.prod(shape) == 1 else torch.aminmax(grouped(x, shape), dim=1)
     return lo.reshape(shape), hi.reshape(shape)

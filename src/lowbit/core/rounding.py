@@ -31,13 +31,14 @@ class Gain:
     """What became of one layer: SQNR of its output in dB, beside that of the float network."""
 
     name: str
-    before_db: float
-    after_db: float
+    # None where nothing was measured
+    before_db: float | None = None
+    after_db: float | None = None
     # why it stayed as it was, or ""
     why: str = ""
 
     def __str__(self) -> str:
-        if self.why and not self.after_db:
+        if self.before_db is None or self.after_db is None:
             return f"  {self.name}: as it was, {self.why}"
         why = f"; as it was, {self.why}" if self.why else ""
         return f"  {self.name}: {self.before_db:.1f} -> {self.after_db:.1f} dB{why}"

@@ -13,6 +13,7 @@ from lowbit.errors import LowbitError, expect
 
 __all__ = [
     "BINARY",
+    "DYNAMIC8",
     "FP16",
     "INT4",
     "INT8",
@@ -22,6 +23,7 @@ __all__ = [
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "PerToken",
     "QuantSpec",
 ]
 
@@ -92,8 +94,24 @@ class PerGroup:
         return f"group{self.size}"
 
 
-Granularity = PerTensor | PerChannel | PerGroup
-_GRANULARITIES = {"tensor": PerTensor, "channel": PerChannel, "group": PerGroup}
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each vector along the last axis: scale shape [shape[0], ..., shape[-2], 1].
+
+    How many there are changes from call to call, so that only ranges found at run time have it.
+    """
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of that shape."""
+        return (*shape[:-1], 1)[: len(shape)]
+
+    def __str__(self) -> str:
+        """As specs are shown."""
+        return "token"
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerToken
+_GRANULARITIES = {"tensor": PerTensor, "channel": PerChannel, "group": PerGroup, "token": PerToken}
 
 
 def _check_whole(what: str, value: object) -> None:
@@ -137,6 +155,8 @@ class QuantSpec:
     rounding: Literal["half_even", "half_up", "floor"] = "half_even"
     # what becomes of values beyond the outermost codes: they take those, or lose their upper bits
     overflow: Literal["saturate", "wrap"] = "saturate"
+    # the range is not calibrated: every tensor, or every token, has its own, found as the network runs
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         """Check every field, and that they go together."""
@@ -148,12 +168,16 @@ class QuantSpec:
                 raise LowbitError(f"{field}={getattr(self, field)!r} is unknown; use one of {choices}")
         if not isinstance(self.granularity, Granularity):
             raise LowbitError(
-                f"granularity={self.granularity!r} is unknown; use PerTensor, PerChannel or PerGroup"
+                f"granularity={self.granularity!r} is unknown; use PerTensor, PerChannel, PerGroup or "
+                "PerToken"
             )
         if self.kind == "float":
             if self.bits != 16:
                 raise LowbitError(f"kind='float' has 16 bits, not {self.bits}; use FP16, or kind='int'")
+            if self.dynamic or isinstance(self.granularity, PerToken):
+                raise LowbitError("kind='float' has no scale; leave dynamic and PerToken() out")
             return
+        self._check_dynamic()
         if self.overflow == "wrap" and (self.narrow or self.mid_rise or not self.symmetric):
             raise LowbitError(
                 "overflow='wrap' drops the upper bits of a code: narrow, mid_rise and a zero point do not go "
@@ -172,6 +196,22 @@ class QuantSpec:
             raise LowbitError(
                 "1-bit signed symmetric codes are {-1, 0}: no positive value exists; "
                 "use signed=False, symmetric=False with narrow=False, or mid_rise=True for {-1, 1}"
+            )
+
+    def _check_dynamic(self) -> None:
+        if not self.dynamic:
+            if isinstance(self.granularity, PerToken):
+                raise LowbitError("tokens differ from call to call; PerToken() goes with dynamic=True")
+            return
+        if not isinstance(self.granularity, PerTensor | PerToken):
+            raise LowbitError(
+                f"dynamic=True finds a range for a tensor or a token, not for each {self.granularity}; use "
+                "PerToken() or PerTensor()"
+            )
+        if self.mid_rise or self.split or self.scale != "float" or not self.is_standard or self.bits > 8:
+            raise LowbitError(
+                "dynamic=True is for plain codes of at most 8 bits; leave mid_rise, split, scale, rounding "
+                "and overflow at their defaults"
             )
 
     def _check_mid_rise(self) -> None:
@@ -254,8 +294,8 @@ class QuantSpec:
         if self.is_binary or self.is_ternary:
             name = "binary" if self.is_binary else "ternary"
             return f"{name}/{self.granularity}{'/split' if self.split else ''}{scale}"
-        rise = "/mid-rise" if self.mid_rise else ""
-        return f"{sign}int{self.bits}{zero_point}/{self.granularity}{rise}{scale}"
+        rise, found = "/mid-rise" if self.mid_rise else "", "/dynamic" if self.dynamic else ""
+        return f"{sign}int{self.bits}{zero_point}/{self.granularity}{rise}{scale}{found}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, equal after `from_dict`."""
@@ -294,6 +334,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "scale": ("float", "pow2"),
     "rounding": ("half_even", "half_up", "floor"),
     "overflow": ("saturate", "wrap"),
+    "dynamic": (True, False),
 }
 
 INT8 = QuantSpec(bits=8, granularity=PerChannel(0))
@@ -302,6 +343,8 @@ INT4 = QuantSpec(bits=4, granularity=PerChannel(0))
 """Weights in four bits: signed, symmetric, one scale per output channel."""
 UINT8 = QuantSpec(bits=8, signed=False, symmetric=False)
 """Activations: unsigned with a zero point, one scale per tensor."""
+DYNAMIC8 = QuantSpec(bits=8, signed=False, symmetric=False, granularity=PerToken(), dynamic=True)
+"""Inputs of linear layers: unsigned with a zero point, each token by its own range."""
 BINARY = QuantSpec(bits=1, mid_rise=True, granularity=PerChannel(0))
 """Weights of -1 and 1 times one scale per output channel; zero counts as positive."""
 TERNARY = QuantSpec(bits=2, narrow=True, granularity=PerChannel(0))

@@ -22,7 +22,8 @@ def onnx(q: QuantizedModel, path: str | Path, *, dynamic: Mapping[str, Sequence[
     """Write a frozen model as an ONNX file that ONNX Runtime and OpenVINO run on integer kernels.
 
     Activations are QuantizeLinear / DequantizeLinear pairs, weights constant codes: int8, or INT4 up to four
-    bits. The first axis of every input is dynamic. Needs the extra `lowbit[onnx]`.
+    bits. Ranges found at run time become DynamicQuantizeLinear, or for each token the operations that do the
+    same, in front of MatMulInteger. The first axis of every input is dynamic. Needs the extra `lowbit[onnx]`.
 
     Where only weights are quantized, ONNX Runtime rounds the activations of linear layers to 8 bits of its
     own accord; the session option `session.qdq_matmulnbits_accuracy_level` set to "0" keeps them in float.

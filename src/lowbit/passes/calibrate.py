@@ -77,15 +77,14 @@ def calibrate_activations(
     activations = {
         n: m
         for n, m in model.named_modules()
-        if isinstance(m, Quantizer) and not n.endswith("weight_quantizer")
+        if isinstance(m, Quantizer) and not n.endswith("weight_quantizer") and not m.spec.dynamic
     }
     if not activations:
         return []
-    weights = [
-        m for n, m in model.named_modules() if isinstance(m, Quantizer) and n.endswith("weight_quantizer")
+    modes = [
+        (m, m.mode) for n, m in model.named_modules() if isinstance(m, Quantizer) and n not in activations
     ]
-    modes = [(m, m.mode) for m in weights]
-    for quantizer in weights:
+    for quantizer, _ in modes:
         quantizer.mode = "off"
     for quantizer in activations.values():
         quantizer.mode = "observe"

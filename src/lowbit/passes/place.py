@@ -24,6 +24,7 @@ from lowbit.graph.match import (
 )
 from lowbit.graph.ops import INTEGER, is_tensor, kind_of, module_of
 from lowbit.graph.rewrite import finish, insert_after, swap
+from lowbit.nn.dynamic import DynamicQuantizer
 from lowbit.nn.layers import BoundLayer, QLayer, quantized_layer
 from lowbit.nn.quantizer import Quantizer
 from lowbit.recipe import SPECS, Recipe, Rule
@@ -78,7 +79,8 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     and for nobody else. A product of matrices that only operations in float read, or the output of the model,
     hands out its accumulators, scaled: rounding them once more would only lose accuracy. An addition or a
     product of elements runs on integers where its result is read as integers. In fixed point, whose scales
-    are powers of two, every tensor has a type, whoever reads it.
+    are powers of two, every tensor has a type, whoever reads it. A range found at run time is that of what a
+    linear layer reads, right in front of it.
 
     Raises:
         LowbitError: a rule that matches nothing, a group size that does not divide.
@@ -108,6 +110,7 @@ def place(gm: fx.GraphModule, recipe: Recipe) -> list[Decision]:
     for node, readers, rule in points:
         insert_after(gm, node, _path_behind(node), _activation_quantizer(rule, node), readers=readers)
     _narrow(gm, runs)
+    _put_dynamic(gm, rules)
     for path, layer in [found for leaf in gm.meta["leaves"] for found in hidden_layers(gm, leaf)]:
         _bind(gm, path, layer, rules)
     finish(gm)
@@ -127,6 +130,25 @@ def _narrow(gm: fx.GraphModule, runs: dict[fx.Node, Rule]) -> None:
         quantizer = _activation_quantizer(found[0][1], made_by)
         readers = [node for node, _ in found]
         insert_after(gm, operand, f"{_path_behind(made_by)}_{bits}_bits", quantizer, readers=readers)
+
+
+def _put_dynamic(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> None:
+    """Quantizers that find their range at run time, one for all linear layers that read a tensor alike."""
+    asking: dict[tuple[fx.Node, QuantSpec], list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        spec = (
+            _dynamic_spec(module_of(node), rules.get(rule_name(node))) if kind_of(node) == "layer" else None
+        )
+        if spec is not None:
+            asking.setdefault((node.args[0], spec), []).append(node)
+    for (operand, spec), readers in asking.items():
+        path = f"{_path_behind(operand)}_{str(spec).replace('/', '_').replace('+', '_')}"
+        insert_after(gm, operand, path, DynamicQuantizer(spec), readers=readers)
+
+
+def _dynamic_spec(layer: nn.Module, rule: Rule | None) -> QuantSpec | None:
+    asked = rule is not None and rule.activation is not None and rule.activation.dynamic
+    return rule.activation if asked and isinstance(layer, nn.Linear) else None
 
 
 def _path_behind(node: fx.Node) -> str:
@@ -217,7 +239,7 @@ def _integer_nodes(gm: fx.GraphModule, rules: dict[str, Rule | None]) -> dict[fx
     runs: dict[fx.Node, Rule] = {}
     for node in gm.graph.nodes:
         rule = rules.get(rule_name(node)) if kind_of(node) in INTEGER else None
-        if rule is not None and rule.activation is not None:
+        if rule is not None and rule.activation is not None and not rule.activation.dynamic:
             runs[node] = rule
     for node in reversed(list(runs)):  # whether a reader runs on integers is known before
         if kind_of(node) in ELEMENTWISE and not _gains(node, runs):
@@ -293,6 +315,10 @@ def _bind(gm: fx.GraphModule, path: str, layer: nn.Module, rules: dict[str, Rule
     if rule is None or kind is None or (rule.weight is None and rule.activation is None):
         return
     inner = _quantized(layer, kind, rule, name) if rule.weight else layer
+    if rule.activation is not None and rule.activation.dynamic:
+        spec = _dynamic_spec(layer, rule)
+        swap(gm, path, BoundLayer(inner, None if spec is None else DynamicQuantizer(spec), None))
+        return
     reads = rule.activation is not None and not isinstance(layer, nn.Embedding)
     quantizers = [_activation_quantizer(rule) if reads else None for _ in range(2)]
     swap(gm, path, BoundLayer(inner, *quantizers))

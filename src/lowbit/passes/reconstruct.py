@@ -52,7 +52,7 @@ def round_layers(
         if not isinstance(layer, QLayer) or layer.weight_quantizer.spec.kind != "int":
             continue
         why = _obstacle(layer, counts[id(layer)])
-        gains.append(Gain(name, 0.0, 0.0, why) if why else _round(layer, name, target, found, seed))
+        gains.append(Gain(name, why=why) if why else _round(layer, name, target, found, seed))
     return gains
 
 
@@ -93,7 +93,7 @@ def _round(layer: QLayer, name: str, wanted: list[Tensor], found: list[Tensor], 
     rows = max(FEWEST_ROWS, ROWS_PER_COLUMN * weight.shape[-1])
     x, u = _samples(layer, wanted, found, rows, seed)
     if not x.shape[1]:
-        return Gain(name, 0.0, 0.0, "no data reached it")
+        return Gain(name, why="no data reached it")
     mean_x, mean_u = x.mean(1, keepdim=True), u.mean(1, keepdim=True)
     goal = Objective.of(weight, x - mean_x, u - mean_u)
     start = grid_matrix(layer)
@@ -108,14 +108,14 @@ def _round(layer: QLayer, name: str, wanted: list[Tensor], found: list[Tensor], 
     before = signal - u @ start.nearest(weight).float().mT
     after = signal - u @ best.mT - shift.reshape(len(best), 1, -1)
     power = float(signal.square().sum())
-    gain = Gain(name, *(sqnr_db(power, float(noise.square().sum())) for noise in (before, after)))
-    if gain.after_db < gain.before_db:
-        return Gain(name, gain.before_db, gain.before_db, f"its error would rise, to {gain.after_db:.1f} dB")
+    before_db, after_db = (sqnr_db(power, float(noise.square().sum())) for noise in (before, after))
+    if after_db < before_db:
+        return Gain(name, before_db, before_db, f"its error would rise, to {after_db:.1f} dB")
     layer.weight = nn.Parameter(best.reshape(layer.weight.shape))
     if grid is not start:
         layer.weight_quantizer.scale = grid.scale[..., 0].reshape(layer.weight_quantizer.scale.shape)
     layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias.detach() + shift)
-    return gain
+    return Gain(name, before_db, after_db)
 
 
 def _has_scale_for_each_row(layer: QLayer) -> bool:

@@ -170,6 +170,8 @@ def _activations(gm: fx.GraphModule) -> Iterator[Place]:
         node = _caller(gm, path)
         if not isinstance(quantizer, Quantizer) or quantizer.spec.kind != "int" or node is None:
             continue
+        if quantizer.spec.dynamic:  # it has no range to measure others against
+            continue
         # what nobody reads as codes follows the rule of its writer
         names = readers.get(id(quantizer)) or [writers[n] for n in node.all_input_nodes if n in writers]
         if not names:

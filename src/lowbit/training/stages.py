@@ -23,7 +23,7 @@ OFF = 32
 def active(model: nn.Module) -> dict[str, Quantizer]:
     """The quantizers that have a scale, by path."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
-    return {n: m for n, m in found.items() if m.spec.kind == "int" and m.ready}
+    return {n: m for n, m in found.items() if m.spec.kind == "int" and m.scale.numel()}
 
 
 def targets_of(model: nn.Module) -> dict[str, QuantSpec]:
@@ -60,6 +60,9 @@ def enter(model: nn.Module, targets: Mapping[str, QuantSpec], bits: int, *, sear
         Paths of the quantizers whose scale has another meaning now.
     """
     changed = []
+    for module in model.modules():
+        if isinstance(module, Quantizer) and module.spec.dynamic:
+            module.mode = "off" if bits == OFF else "quantize"
     weights = {id(m.weight_quantizer): m for m in model.modules() if isinstance(m, QLayer)}
     for path, quantizer in active(model).items():
         if path not in targets:

@@ -31,7 +31,9 @@ __all__ = [
     "EmitQuantizer",
     "EmitSign",
     "accumulator_step",
+    "codes_mark",
     "emit_layer",
+    "op",
 ]
 
 # metadata key of the operator whose codes `verify` reads, and marks of initializers that become 4-bit
@@ -189,7 +191,7 @@ class _Weight(nn.Module):
             zero = zero.t() if zero is not None and zero.ndim == 2 else zero
         self.mark = "codes"
         if not self.is_half and bits <= 4:
-            self.mark = f"{NIBBLES_CAST}{1 << spec.code_bits - bits}" if integer else NIBBLES
+            self.mark = codes_mark(layer, spec) if integer else NIBBLES
         self.register_buffer(self.mark, codes.contiguous())
         if not self.is_half:
             self.register_buffer("scale", scale.contiguous().clone())
@@ -205,6 +207,12 @@ class _Weight(nn.Module):
             return codes.float()
         inputs = (codes, self.scale) if self.zero_point is None else (codes, self.scale, self.zero_point)
         return op("DequantizeLinear", inputs, torch.float32, codes.shape, **self.attributes)
+
+
+def codes_mark(layer: QLayer, spec: QuantSpec) -> str:
+    """The name of the codes that an integer kernel reads, given their spec: it says how they are packed."""
+    bits = layer.weight_quantizer.spec.code_bits
+    return f"{NIBBLES_CAST}{1 << spec.code_bits - bits}" if bits <= 4 else "codes"
 
 
 class _Bias(nn.Module):

@@ -17,16 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit.errors import LowbitError, near_miss
+from lowbit.export.qdq.dynamic import emit_reader, emit_tensor
 from lowbit.export.qdq.emitters import (
     CODES,
     NIBBLES,
     NIBBLES_CAST,
     Clamped,
     EmitGlobalAveragePool,
-    EmitQuantizer,
-    EmitSign,
     accumulator_step,
-    emit_layer,
 )
 from lowbit.files import atomic_path
 from lowbit.graph.match import input_quantizer, is_global_pool, max_pool_of, moves_of, pads, source_of
@@ -34,7 +32,7 @@ from lowbit.graph.ops import clamp_bounds, is_tensor, kind_of, module_of
 from lowbit.graph.rewrite import clone, finish, insert_after
 from lowbit.graph.trace import Inputs
 from lowbit.model import QuantizedModel
-from lowbit.nn.layers import BoundLayer, QLayer
+from lowbit.nn.layers import BoundLayer
 from lowbit.nn.quantizer import Quantizer
 
 __all__ = ["write_float", "write_quantized"]
@@ -76,11 +74,12 @@ def _emit(gm: fx.GraphModule) -> None:
             assert isinstance(quantizer, Quantizer)
             if quantizer.mode == "quantize":
                 swaps += _emit_quantizer(node, quantizer, sources)
-        elif kind_of(node) == "layer" and isinstance(module_of(node), QLayer):
+        elif kind_of(node) == "layer":
             source = node.args[0]
             assert isinstance(source, fx.Node)
             rank, name = source.meta["value"].ndim, str(node.meta["name"])
-            swaps.append((node, emit_layer(module_of(node), sources[node], rank, name)))
+            emitter = emit_reader(module_of(node), sources[node], rank, name)
+            swaps += [(node, emitter)] if emitter is not module_of(node) else []
         elif is_global_pool(node):
             swaps.append((node, EmitGlobalAveragePool()))
         elif kind_of(node) == "clamp" and _is_free(node):
@@ -104,13 +103,13 @@ def _emit_quantizer(
     name, source = str(node.target), node.args[0]
     assert isinstance(source, fx.Node)
     if not quantizer.spec.is_binary:
-        return [(node, EmitQuantizer(quantizer, name))]
+        return [(node, emit_tensor(quantizer, name))]
     clamps: list[tuple[fx.Node, nn.Module]] = []
     while kind_of(source) == "clamp" and len(source.users) == 1:
         clamps.append((source, nn.Identity()))
         source = source.args[0]
     step = accumulator_step(module_of(source), sources[source]) if source in sources else None
-    return [*clamps, (node, EmitSign(quantizer, name, step))]
+    return [*clamps, (node, emit_tensor(quantizer, name, step))]
 
 
 def _requantize_moved_values(gm: fx.GraphModule) -> None:
@@ -162,12 +161,9 @@ def _emit_hidden(gm: fx.GraphModule) -> None:
             for side, quantizer in zip(("input_quantizer", "output_quantizer"), quantizers, strict=True):
                 if quantizer is not None and quantizer.mode == "quantize":
                     name = f"{path}.{side}"
-                    sign = quantizer.spec.is_binary
-                    emitter = EmitSign(quantizer, name, None) if sign else EmitQuantizer(quantizer, name)
-                    setattr(bound, side, emitter)
-            if isinstance(bound.layer, QLayer):
-                rank = 2 if isinstance(bound.layer, nn.Linear) else 4
-                bound.layer = emit_layer(bound.layer, source, rank, path)
+                    setattr(bound, side, emit_tensor(quantizer, name))
+            rank = 2 if isinstance(bound.layer, nn.Linear) else 4
+            bound.layer = emit_reader(bound.layer, source, rank, path)
 
 
 def _write(module: nn.Module, example: Inputs, path: Path, axes: Axes) -> Path:
