@@ -35,11 +35,14 @@ METHODS: dict[str, tuple[str, ...]] = {
     "nearest": (),
     "scale+BC": ("affine_correct",),
     "gptq": ("gptq",),
+    "adaround": ("adaround",),
+    "brecq": ("brecq",),
+    "gptq+brecq": ("gptq", "brecq"),
 }
 # top-1, agreement and SQNR that the default reaches
 FLOORS = {"w4a8": (92.70, 98.2, 21.0), "w4a4": (91.2, 94.0, 12.5), "w3a8": (91.8, None, None)}
 # forward passes, and MB beyond one
-COST = {"gptq": 15.0}
+COST = {"gptq": 15.0, "brecq": 150.0}
 MEMORY = 300.0
 # points that "auto" may lose, and seconds that it may take
 MAX_DROP, SECONDS = 0.3, 300.0
