@@ -92,7 +92,6 @@ def test_it_finds_the_best_of_all_roundings() -> None:
         loss.backward()
         adam.step()
     found = error(soft.hard())
-    print(found.sum(), best.sum(), nearest.sum(), (found <= best * 1.001).sum())
     assert bool((found >= best * (1 - 1e-4)).all())
     assert int((found <= best * (1 + 1e-4)).sum()) >= 6, "the optimum itself in half of the rows"
     assert float((found - best).sum()) < 0.25 * float((nearest - best).sum())

@@ -88,9 +88,7 @@ def test_where_graphs_are_cut(name: str) -> None:
 
 @pytest.mark.parametrize("cut", [blocks, layer_blocks])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_block_alone_gives_what_it_gives_in_the_graph(
-    name: str, cut: Callable[..., list[Block]]
-) -> None:
+def test_a_block_alone_gives_what_it_gives_in_the_graph(name: str, cut: Callable[..., list[Block]]) -> None:
     gm, x = traced(GRAPHS[name][0](), image()), image(3)
     before = gm(x)
     inputs_first(gm)

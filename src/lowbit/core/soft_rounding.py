@@ -13,7 +13,7 @@ __all__ = ["SoftRounding"]
 
 # ends of the stretched sigmoid, which so reaches 0 and 1 with a gradient left
 LOW, HIGH = -0.1, 1.1
-# how near to either end a rounding may start, for beyond it hardly moves; how far from its code towards its
+# how near to an end a rounding may start, for beyond it hardly moves; and how far from its code towards its
 # target, where less than a half leaves the code chosen
 MARGIN, START = 0.01, 0.5
 
@@ -32,8 +32,8 @@ class SoftRounding(nn.Module):
     def __init__(self, start: QTensor, target: Tensor) -> None:
         """Each element may stay at its code or go to the next one on the side of its target.
 
-        It starts half way between the code and the target, and so that `hard` gives the code. Of the nearest
-        codes the two choices are the neighbours of the target.
+        It starts half way between the code and the target, and so that `hard` gives the code. Where codes are
+        the nearest, the two choices are the neighbours of the target.
 
         Args:
             start: of kind "int", with one scale for either sign.
@@ -46,7 +46,7 @@ class SoftRounding(nn.Module):
             wanted = wanted + expand_to(start.zero_point, code.shape)
         self.step = spec.step
         lower = torch.where(wanted < code, code - self.step, code).clamp(spec.qmin, spec.qmax - self.step)
-        away = ((wanted - code) / self.step).clamp(-1 + MARGIN, 1 - MARGIN) * START
+        away = ((wanted - code) / self.step).clamp(MARGIN - 1, 1 - MARGIN) * START
         share = ((code - lower) / self.step + away).clamp(MARGIN, 1 - MARGIN)
         self.register_buffer("lower", lower)
         self.register_buffer("scale", start.scale)

@@ -16,7 +16,7 @@ from lowbit.core.soft_rounding import SoftRounding
 from lowbit.graph.blocks import Block, blocks, inputs_first, layer_blocks
 from lowbit.graph.match import calls
 from lowbit.graph.ops import is_tensor, kind_of, module_of
-from lowbit.graph.run import noise_and_signal, walk
+from lowbit.graph.run import walk
 from lowbit.graph.shelf import Shelf
 from lowbit.graph.trace import Inputs
 from lowbit.nn.layers import QLayer
@@ -26,9 +26,9 @@ from lowbit.progress import track
 __all__ = ["learn_rounding"]
 
 # How often each sample is seen, in batches of so many, and the fewest steps.
-EPOCHS, BATCH, FEWEST_STEPS = 40, 32, 200
+EPOCHS, BATCH, FEWEST_STEPS = 25, 32, 200
 # Step sizes of Adam, which fall along a cosine: of roundings; of biases and scales, in units of their mean.
-LEARNING_RATE, RELATIVE_RATE = 1e-2, 1e-2
+LEARNING_RATE, RELATIVE_RATE = 5e-3, 1e-2
 # Share of values that are not quantized in a step of a block.
 DROP = 0.5
 # What an undecided rounding costs beside the error once FREE of the steps are done, and its exponents.
@@ -63,7 +63,7 @@ def learn_rounding(
         gm: the quantized graph with latent weights, changed in place.
         float_gm: the graph before quantizers were placed.
         by: what is learned together.
-        epochs: how often each sample is seen; a pass takes about three forward passes.
+        epochs: how often each sample is seen; each costs four to five forward passes.
         seed: of batches and masks.
 
     Returns:
@@ -72,13 +72,14 @@ def learn_rounding(
     parts = [part for inputs in data for part in inputs.split(BATCH)]
     inputs_first(gm)
     found = blocks(gm) if by == "block" else layer_blocks(gm)
-    counts, gains, drop = calls(gm), list[Gain](), DROP if by == "block" else 0.0
+    counts, gains, masks = calls(gm), list[Gain](), _Masks(seed) if by == "block" else None
+    twin = _Twin(float_gm, found, parts, mixes=masks is not None)
     steps = max(FEWEST_STEPS, epochs * len(parts))
-    for problem in track(_problems(gm, float_gm, found, parts), f"rounding {by}s", len(found)):
+    for problem in track(_problems(gm, twin, found, parts), f"rounding {by}s", len(found)):
         learned = _Learned(problem, counts, scales=by == "block")
         gains += learned.obstacles
         if learned.layers:
-            gains.append(_learn(problem, learned, steps, drop, seed))
+            gains.append(_learn(problem, learned, steps, masks, seed))
     return gains
 
 
@@ -106,9 +107,16 @@ class _Kept:
 class _Twin:
     """What nodes of the quantized graph give in the float one, asked for nearly in order."""
 
-    def __init__(self, gm: fx.GraphModule, found: Sequence[Block], data: Sequence[Inputs]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, found: Sequence[Block], data: Sequence[Inputs], *, mixes: bool
+    ) -> None:
+        """For what blocks end in; where masks mix them in, for what blocks read as well."""
         self.gm, self.nodes = gm, {node.name: node for node in gm.graph.nodes}
-        self.kept = _Kept(self.of(node) for block in found for node in self._asked(block))
+        ends = {block.end for block in found}
+        self.asked = {
+            block: [*(n for n in block.reads if mixes and _differs(n, ends)), block.end] for block in found
+        }
+        self.kept = _Kept(self.of(node) for nodes in self.asked.values() for node in nodes)
         self.steps = walk(gm, data, WALK_BYTES)
 
     def of(self, node: fx.Node) -> fx.Node:
@@ -117,18 +125,19 @@ class _Twin:
             node = node.all_input_nodes[0]
         return self.nodes[node.name]
 
-    @staticmethod
-    def _asked(block: Block) -> list[fx.Node]:
-        return [*filter(is_tensor, block.reads), block.end]
-
     def reach(self, block: Block) -> None:
-        for node in map(self.of, self._asked(block)):
+        for node in map(self.of, self.asked[block]):
             while node not in self.kept.values:
                 self.kept.put(*next(self.steps))
 
     def drop(self, block: Block) -> None:
-        for node in map(self.of, self._asked(block)):
+        for node in map(self.of, self.asked[block]):
             self.kept.drop(node)
+
+
+def _differs(node: fx.Node, ends: set[fx.Node]) -> bool:
+    """Whether a value that a block reads has two versions: it is quantized, or layers had a part in it."""
+    return is_tensor(node) and (kind_of(node) == "quantizer" or node in ends)
 
 
 @dataclass(frozen=True)
@@ -148,42 +157,59 @@ class _Problem:
     def floats(self, node: fx.Node, batch: int) -> Any:
         return self.twin.kept.of(self.twin.of(node), batch)
 
-    def powers(self) -> tuple[float, float]:
-        """Of the error over all samples, and of what the block should give."""
-        noise = signal = 0.0
-        for batch in range(self.batches):
-            with torch.no_grad():
-                output = self.block.run(self.gm, self.reads(batch))
-            more = noise_and_signal([self.floats(self.block.end, batch)], output)
-            noise, signal = noise + more[0], signal + more[1]
-        return noise, signal
+    def signal(self) -> float:
+        """Power of what the block should give, over all samples."""
+        targets = (self.floats(self.block.end, batch) for batch in range(self.batches))
+        return sum(float(target.square().sum()) for target in targets)
 
-    def loss(self, batch: int, drop: float, draw: torch.Generator) -> Tensor:
-        """The error on a batch, with a share of all values as they were before they were quantized."""
+    @torch.no_grad()
+    def noise(self) -> float:
+        """Power of its error, over all samples."""
+        return sum(float(self.loss(batch)) for batch in range(self.batches))
 
-        def mixed(rounded: Tensor, before: Tensor) -> Tensor:
-            chance = torch.rand(rounded.shape, generator=draw, device=rounded.device)
-            return torch.where(chance < drop, before, rounded)
-
-        def seen(node: fx.Node, source: Any, value: Any) -> Any:
-            return mixed(value, source) if drop and kind_of(node) == "quantizer" else value
-
+    def loss(self, batch: int, masks: _Masks | None = None) -> Tensor:
+        """Power of the error on a batch; with masks some values are those before they were quantized."""
         values = self.reads(batch)
-        for node in filter(is_tensor, self.block.reads if drop else ()):
-            values[node] = mixed(values[node], self.floats(node, batch))
-        output = self.block.run(self.gm, values, seen)
+        if masks is None:
+            output = self.block.run(self.gm, values)
+        else:
+            for node in self.twin.asked[self.block][:-1]:
+                values[node] = masks.mixed(self.floats(node, batch), values[node])
+            output = self.block.run(self.gm, values, masks.seen)
         return (output - self.floats(self.block.end, batch)).square().sum()
 
 
+class _Masks:
+    """Says of each value anew whether it is quantized."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw, self.seed = torch.Generator().manual_seed(seed), seed
+        # by device: random zeros and ones, read from a random place on each time
+        self.bits: dict[torch.device, Tensor] = {}
+
+    def mixed(self, before: Tensor, rounded: Tensor) -> Tensor:
+        """Values before and after quantization, a share of DROP of the former."""
+        size, bits = rounded.numel(), self.bits.get(rounded.device)
+        if bits is None or len(bits) < 2 * size:
+            own = torch.Generator(rounded.device).manual_seed(self.seed)
+            bits = (torch.rand(2 * size, generator=own, device=rounded.device) >= DROP).float()
+            self.bits[rounded.device] = bits
+        start = int(torch.randint(len(bits) - size + 1, (), generator=self.draw))
+        return torch.lerp(before, rounded, bits[start : start + size].reshape(rounded.shape))
+
+    def seen(self, node: fx.Node, source: Any, value: Any) -> Any:
+        return self.mixed(source, value) if kind_of(node) == "quantizer" else value
+
+
 def _problems(
-    gm: fx.GraphModule, float_gm: fx.GraphModule, found: Sequence[Block], data: Sequence[Inputs]
+    gm: fx.GraphModule, twin: _Twin, found: Sequence[Block], data: Sequence[Inputs]
 ) -> Iterator[_Problem]:
     """Each block once all that it reads is there, and before it runs."""
     place = {node: at for at, node in enumerate(gm.graph.nodes)}
     behind: dict[fx.Node, list[Block]] = {}
     for block in found:
         behind.setdefault(max(block.reads, key=place.__getitem__), []).append(block)
-    kept, twin = _Kept(node for block in found for node in block.reads), _Twin(float_gm, found, data)
+    kept = _Kept(node for block in found for node in block.reads)
     for node, values in walk(gm, data, WALK_BYTES):
         kept.put(node, values)
         for block in behind.get(node, ()):
@@ -269,17 +295,16 @@ def _has_scale(quantizer: Quantizer) -> bool:
     return quantizer.spec.kind == "int" and quantizer.mode == "quantize" and quantizer.ready
 
 
-def _learn(problem: _Problem, learned: _Learned, steps: int, drop: float, seed: int) -> Gain:
+def _learn(problem: _Problem, learned: _Learned, steps: int, masks: _Masks | None, seed: int) -> Gain:
     name = problem.block.name
-    noise, signal = problem.powers()
-    before = sqnr_db(signal, noise)
+    noise, signal = problem.noise(), problem.signal()
     if not noise or not signal:
         return Gain(name, 0.0, 0.0, "no data reached it" if not signal else "its output has no error")
+    before = sqnr_db(signal, noise)
     learned.begin()
-    _descend(problem, learned, steps, drop, noise / problem.batches, seed)
+    _descend(problem, learned, steps, noise / problem.batches, masks, seed)
     learned.end()
-    noise, signal = problem.powers()
-    after = sqnr_db(signal, noise)
+    after = sqnr_db(signal, problem.noise())
     if not after > before:
         learned.revert()
         return Gain(name, before, before, f"its error would rise, to {after:.1f} dB")
@@ -287,16 +312,16 @@ def _learn(problem: _Problem, learned: _Learned, steps: int, drop: float, seed: 
 
 
 @torch.enable_grad()
-def _descend(problem: _Problem, learned: _Learned, steps: int, drop: float, unit: float, seed: int) -> None:
+def _descend(
+    problem: _Problem, learned: _Learned, steps: int, unit: float, masks: _Masks | None, seed: int
+) -> None:
     """Adam on what is learned; `unit` is the error of a batch before."""
-    draw, masks = torch.Generator().manual_seed(seed), torch.Generator(learned.targets[0].device)
-    masks.manual_seed(seed)
-    groups = learned.groups()
+    draw, groups = torch.Generator().manual_seed(seed), learned.groups()
     parameters = [p for group in groups for p in group["params"]]
     adam = torch.optim.Adam(groups)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for step in range(steps):
-        loss = problem.loss(int(torch.randint(problem.batches, (), generator=draw)), drop, masks) / unit
+        loss = problem.loss(int(torch.randint(problem.batches, (), generator=draw)), masks) / unit
         done = (step / steps - FREE) / (1 - FREE)
         if done > 0:
             loss = loss + PUSH * learned.undecided(SHARP_FROM + (SHARP_TO - SHARP_FROM) * done)
