@@ -28,11 +28,11 @@ __all__ = ["learn_rounding"]
 # How often each sample is seen, in batches of so many, and the fewest steps.
 EPOCHS, BATCH, FEWEST_STEPS = 25, 32, 200
 # Step sizes of Adam, which fall along a cosine: of roundings; of biases and scales, in units of their mean.
-LEARNING_RATE, RELATIVE_RATE = 5e-3, 1e-2
+LEARNING_RATE, RELATIVE_RATE = 0.1, 3e-3
 # Share of values that are not quantized in a step of a block.
 DROP = 0.5
 # What an undecided rounding costs beside the error once FREE of the steps are done, and its exponents.
-PUSH, FREE, SHARP_FROM, SHARP_TO = 0.1, 0.2, 20.0, 2.0
+PUSH, FREE, SHARP_FROM, SHARP_TO = 100.0, 0.2, 20.0, 2.0
 # Values of either network, and those that blocks read, that stay in memory; what is beyond lies in files.
 WALK_BYTES = 48 << 20
 
