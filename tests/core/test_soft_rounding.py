@@ -84,10 +84,10 @@ def test_it_finds_the_best_of_all_roundings() -> None:
 
     ways = torch.tensor(list(product((0.0, 1.0), repeat=8)))
     best = torch.stack([error((soft.lower + way) * start.scale) for way in ways]).amin(0)
-    adam = torch.optim.Adam(soft.parameters(), lr=0.02)
+    adam = torch.optim.Adam(soft.parameters(), lr=0.1)
     nearest = error(start.dequantize())
-    for step in range(600):
-        loss = (error(soft(w)) / nearest).sum() + 8 * soft.undecided(20.0 - 18.0 * step / 600)
+    for step in range(400):
+        loss = (error(soft(w)) / nearest).sum() + 8 * soft.undecided(20.0 - 18.0 * step / 400)
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -80,8 +80,8 @@ def test_blocks_of_a_residual_network_gain(by: By, monkeypatch: pytest.MonkeyPat
     names = ["0", "2.a", "2.b", "5"] if by == "layer" else ["0", "2.a .. 2.b", "5"]
     assert [g.name for g in gains] == names
     assert all(g.after_db >= g.before_db for g in gains)
-    assert sum(g.after_db - g.before_db for g in gains) > 1.0
-    assert sqnr(reference(data[0]), gm(data[0])) > sqnr(reference(data[0]), start(data[0]))
+    assert sum(g.after_db - g.before_db for g in gains) > 4.0
+    assert gains[-1].after_db == pytest.approx(sqnr(reference(data[0]), gm(data[0])), abs=1e-3)
     assert not any(isinstance(p, nn.Parameter) for p in scales(gm)), "learned no more"
     same = [torch.equal(a, b) for a, b in zip(scales(start), scales(gm), strict=True)]
     assert all(same) if by == "layer" else same[0] and not all(same), "no block has the input's quantizer"

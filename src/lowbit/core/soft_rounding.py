@@ -15,7 +15,7 @@ __all__ = ["SoftRounding"]
 LOW, HIGH = -0.1, 1.1
 # how near to an end a rounding may start, for beyond it hardly moves; and how far from its code towards its
 # target, where less than a half leaves the code chosen
-MARGIN, START = 0.01, 0.5
+MARGIN, START = 0.01, 0.1
 
 
 class SoftRounding(nn.Module):
@@ -32,8 +32,8 @@ class SoftRounding(nn.Module):
     def __init__(self, start: QTensor, target: Tensor) -> None:
         """Each element may stay at its code or go to the next one on the side of its target.
 
-        It starts half way between the code and the target, and so that `hard` gives the code. Where codes are
-        the nearest, the two choices are the neighbours of the target.
+        Where codes are the nearest, the two choices are the neighbours of the target. It starts near the code,
+        which `hard` gives, and not at the target as in the paper: codes that GPTQ chose know more than that.
 
         Args:
             start: of kind "int", with one scale for either sign.
