@@ -32,8 +32,8 @@ class SoftRounding(nn.Module):
     def __init__(self, start: QTensor, target: Tensor) -> None:
         """Each element may stay at its code or go to the next one on the side of its target.
 
-        Where codes are the nearest, the two choices are the neighbours of the target. It starts near the code,
-        which `hard` gives, and not at the target as in the paper: codes that GPTQ chose know more than that.
+        Of nearest codes the two choices are the neighbours of the target. It starts near the code, which
+        `hard` gives, and not at the target as in the paper: codes that GPTQ chose know more than that.
 
         Args:
             start: of kind "int", with one scale for either sign.
