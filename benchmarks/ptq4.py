@@ -2,9 +2,10 @@
 
 512 calibration images, first and last layer in 8 bits, scored on the 10,000 test images: top-1, agreement
 with the float network and SQNR of the logits. "gptq" is the default of the recipes; "nearest" has none of it,
-"scale+BC" fits scale and bias of each output channel instead, "brecq" learns the rounding of each residual
-block. Part cost: processor time in plain forward passes over the calibration images, and memory beyond one.
-Part auto: the ladder of `quantize(model, "auto")`.
+"scale+BC" fits scale and bias of each output channel instead, "adaround" learns the rounding of each layer,
+"brecq" that of each residual block with the scales of its activations. Part cost: processor time in plain
+forward passes over the calibration images, and memory beyond one. Part auto: the ladder of
+`quantize(model, "auto")`.
 
     python benchmarks/ptq4.py --data ../shared/data
     python benchmarks/ptq4.py --data ../shared/data --parts cost auto
@@ -35,11 +36,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     "nearest": (),
     "scale+BC": ("affine_correct",),
     "gptq": ("gptq",),
+    "adaround": ("adaround",),
+    "brecq": ("brecq",),
+    "gptq+brecq": ("gptq", "brecq"),
 }
+DEFAULT_METHODS = ("nearest", "scale+BC", "gptq", "brecq")
 # top-1, agreement and SQNR that the default reaches
 FLOORS = {"w4a8": (92.70, 98.2, 21.0), "w4a4": (91.2, 94.0, 12.5), "w3a8": (91.8, None, None)}
 # forward passes, and MB beyond one
-COST = {"gptq": 15.0}
+COST = {"gptq": 15.0, "brecq": 150.0}
 MEMORY = 300.0
 # points that "auto" may lose, and seconds that it may take
 MAX_DROP, SECONDS = 0.3, 300.0
@@ -165,7 +170,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="the folder with cifar10/ and models/")
     parser.add_argument("--parts", nargs="+", choices=RUN, default=list(RUN))
     parser.add_argument("--networks", nargs="+", choices=list(CIFAR), default=list(CIFAR), help="in accuracy")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS)
     parser.add_argument("--calibration", type=int, default=512, help="images, the first of training")
     parser.add_argument("--rounds", type=int, default=3, help="of part cost")
     options = parser.parse_args()

@@ -111,7 +111,9 @@ def test_search(tmp_path: Path) -> None:
     lowbit.quantize(model, found.recipe, calibration=BATCHES)
 
 
-@pytest.mark.parametrize("step", ["gptq", "bond_correct", "affine_correct", "bias_correct"])
+@pytest.mark.parametrize(
+    "step", ["gptq", "adaround", "brecq", "bond_correct", "affine_correct", "bias_correct"]
+)
 def test_tensor_networks(step: str) -> None:
     small = tensor_networks.tensorize(there(network()), tensor_networks.TensorRule(), X).model
     q = lowbit.quantize(small, replace(lowbit.preset("w4a8"), refine=(step,)), calibration=BATCHES)

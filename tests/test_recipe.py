@@ -145,6 +145,11 @@ def test_rules_that_are_refused(fields: dict[str, Any], message: str) -> None:
     [
         ({"rules": ()}, "a recipe without rules quantizes nothing"),
         ({"rules": (Rule(),), "refine": ("bias_corect",)}, "did you mean 'bias_correct'"),
+        (
+            {"rules": (Rule(),), "refine": ("gptq", "equalize")},
+            "has 'equalize' behind 'gptq'.*write it first",
+        ),
+        ({"rules": (Rule(),), "refine": ("equalize", "equalize")}, "write it first, and once"),
         ({"rules": (Rule(),), "equalize": "no"}, "equalize='no' is neither True nor False"),
         ({"rules": (Rule(),), "equalize": 1}, "equalize=1 is neither True nor False"),
     ],
@@ -271,6 +276,18 @@ def test_written_by_hand(tmp_path: Path) -> None:
         equalize=True,
         refine=("bias_correct",),
     )
+
+
+def test_equalize_among_the_refinements_is_the_switch(tmp_path: Path) -> None:
+    named = Recipe(rules=(Rule(),), refine=("equalize", "gptq", "brecq", "adaround"))
+    assert named == Recipe(rules=(Rule(),), equalize=True, refine=("gptq", "brecq", "adaround"))
+    named.save(tmp_path / "r.yaml")
+    assert Recipe.load(tmp_path / "r.yaml") == named
+    (tmp_path / "mine.yaml").write_text(
+        "{rules: [{}], refine: [equalize, gptq, brecq, adaround]}", encoding="utf-8"
+    )
+    assert Recipe.load(tmp_path / "mine.yaml") == named
+    assert not replace(named, equalize=False).equalize
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +23,7 @@ from lowbit.passes.bias_correct import correct_outputs
 from lowbit.passes.bonds import correct_bonds
 from lowbit.passes.calibrate import batches
 from lowbit.passes.equalize import equalize
+from lowbit.passes.learn_rounding import learn_rounding
 from lowbit.passes.reconstruct import round_layers
 from lowbit.passes.smooth import smooth, smoothing_factors
 from lowbit.recipe import Recipe
@@ -33,6 +36,12 @@ SAMPLE_BYTES = 1 << 30
 MAX_SAMPLES = 512
 # Samples that may say at once that a trial is not worth more.
 FEW = 64
+# Refinements that choose codes, and say of each layer or block what became of it.
+ROUNDINGS: dict[str, Callable[..., list[Gain]]] = {
+    "gptq": round_layers,
+    "adaround": partial(learn_rounding, by="layer"),
+    "brecq": partial(learn_rounding, by="block"),
+}
 # how much of what is uneven smoothing takes from the activations: those tried
 STRENGTHS = (0.5, 0.8)
 
@@ -139,15 +148,15 @@ class Trial:
             names = correct_bonds(corrected, reference, self.sample)
             if not names:  # no tensor network, nothing to say
                 return q, quality
-        elif step == "gptq":
-            gains = round_layers(corrected, reference, self.sample)
+        elif step in ROUNDINGS:
+            gains = ROUNDINGS[step](corrected, reference, self.sample)
             names = [gain.name for gain in gains if not gain.why]
         else:
             names = correct_outputs(corrected, reference, self.sample, scale=step == "affine_correct")
         after = self.quality(corrected)
         kept = after >= quality
         samples = sum(inputs.batch_size for inputs in self.sample)
-        text = f"{len(names)} layers over {samples} samples"
+        text = f"{len(names)} {'blocks' if step == 'brecq' else 'layers'} over {samples} samples"
         q.steps.append(Step(step, text, quality, after, kept, tuple(gains)))
         if kept:
             q.graph = corrected

@@ -54,3 +54,12 @@ def test_with_samples_copies() -> None:
     x = torch.zeros(3, 2)
     Inputs((x,)).with_samples(3).args[0].add_(1)
     assert not x.any()
+
+
+def test_a_call_is_split_by_samples() -> None:
+    table = torch.ones(5, 2)
+    parts = list(Inputs((X, table), {"y": Y, "scale": 2}).split(2))
+    assert [part.batch_size for part in parts] == [2, 1]
+    assert torch.equal(torch.cat([part.args[0] for part in parts]), X)
+    assert torch.equal(torch.cat([part.kwargs["y"] for part in parts]), Y)
+    assert all(part.args[1] is table and part.kwargs["scale"] == 2 for part in parts)

@@ -97,6 +97,18 @@ class Inputs:
 
         return Inputs(tuple(pick(a) for a in self.args), {k: pick(v) for k, v in self.kwargs.items()})
 
+    def split(self, n: int) -> Iterator[Inputs]:
+        """Calls of at most `n` samples each, in order; tensors of another length go into every one."""
+        size = self.batch_size
+
+        def part(value: Any, start: int) -> Any:
+            batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+            return value[start : start + n] if batched else value
+
+        for start in range(0, size, n):
+            args = tuple(part(a, start) for a in self.args)
+            yield Inputs(args, {k: part(v, start) for k, v in self.kwargs.items()})
+
     def made_up(self) -> Inputs:
         """The same shapes and dtypes without the data: numbers in [0, 1), always the same; integers are 0.
 

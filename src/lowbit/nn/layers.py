@@ -137,6 +137,14 @@ class QLayer(nn.Module):
         opposite = -codes if before.zero_point is None else spec.qmin + spec.qmax - codes
         return int(((self.qweight().codes.int() != opposite) & flipped).sum())
 
+    def fixed_codes(self, calls: int) -> str:
+        """Why no code may be chosen by itself, in a graph that calls the layer so often, or ''."""
+        if calls > 1:
+            return "it is called more than once"
+        if self.weight_quantizer.threshold is not None or self.weight_quantizer.spec.split:
+            return "its codes have a threshold or a scale for each sign"
+        return ""
+
     def _of_each_channel(self, scale: Tensor) -> Tensor:
         """A scale that groups of output channels share, repeated for each of them."""
         shape = list(scale.shape)

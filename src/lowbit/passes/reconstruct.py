@@ -78,14 +78,9 @@ class _Inputs:
 
 
 def _obstacle(layer: QLayer, count: int) -> str:
-    quantizer = layer.weight_quantizer
     if not is_matrix(layer):
         return f"{type(layer).__name__.removeprefix('Q')} is no product with patches of its input"
-    if count > 1:
-        return "it is called more than once"
-    if quantizer.threshold is not None or quantizer.spec.split:
-        return "its codes have a threshold or a scale for each sign"
-    return ""
+    return layer.fixed_codes(count)
 
 
 def _round(layer: QLayer, name: str, wanted: list[Tensor], found: list[Tensor], seed: int) -> Gain:

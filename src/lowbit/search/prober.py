@@ -34,7 +34,7 @@ __all__ = ["Choice", "Prober", "Sums"]
 # The spec of some places; None is float, and so is a place that is not named.
 Choice = Mapping[str, QuantSpec | None]
 # Refinements of a recipe that fit the outputs of layers, and whether their scale too.
-CORRECTIONS = {"affine_correct": True, "bias_correct": False, "gptq": True}
+CORRECTIONS = {"affine_correct": True, "bias_correct": False, "gptq": True, "adaround": True, "brecq": True}
 # Samples that outputs are fitted on, in whole batches.
 FITTED = 128
 
