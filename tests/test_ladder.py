@@ -103,7 +103,9 @@ def test_a_drop_that_is_no_number_from_0_up(drop: Any) -> None:
         lowbit.quantize(MODEL, "auto", [X], metric=quality, max_drop=drop)
 
 
-@pytest.mark.parametrize("given", [{"metric": quality}, {"max_drop": 0.0}, {"bits": 4}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{"metric": quality}, {"max_drop": 0.0}, {"bits": 4}], ids=["metric", "max_drop", "bits"]
+)
 def test_what_is_for_auto_goes_with_no_other_recipe(given: dict[str, Any]) -> None:
     (name,) = given
     with pytest.raises(LowbitError, match=rf"{name}=.* is for the recipe 'auto', and the recipe is 'w8a8'"):
