@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lowbit
 from lowbit import INT8, UINT8, LowbitError, PerChannel, QuantSpec, Recipe, Rule, preset, trial
+from lowbit.graph.inputs import Inputs
 from lowbit.model import Step
 from lowbit.nn.layers import QLayer
 from lowbit.nn.quantizer import Quantizer
 from lowbit.passes.settle_biases import settle_biases
+from lowbit.training.batchnorm import reestimate
 
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -336,6 +338,34 @@ def test_a_correction_that_hurts_is_undone_and_said(monkeypatch: pytest.MonkeyPa
     assert step.after_db < step.before_db
     assert str(step).endswith("dB]; reverted, it made the output worse")
     assert torch.equal(q(X), want)
+
+
+def test_a_batchnorm_that_stays_is_measured_anew() -> None:
+    layers = (
+        conv(3, 8),
+        nn.ReLU(),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        conv(8, 8),
+        nn.Flatten(),
+        nn.Linear(512, 4),
+    )
+    model = nn.Sequential(*layers)
+    reestimate(model, [Inputs.of(X)])
+    recipe = Recipe(rules=(Rule(weight=QuantSpec(bits=2, granularity=PerChannel(0))),), fold_bn="before")
+    plain, anew = (
+        lowbit.quantize(model, replace(recipe, refine=refine), [X]) for refine in ((), ("reestimate_bn",))
+    )
+    (step,) = anew.steps
+    assert step.kept
+    assert step.text == f"1 layers over {len(X)} samples"
+    assert step.after_db == pytest.approx(sqnr(model(X), anew(X)))
+    norm = anew.graph.get_submodule("2")
+    seen = plain.graph.get_submodule("0")(X).relu()
+    torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)))
+    folds = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8)).eval()
+    assert not lowbit.quantize(folds, replace(recipe, refine=("reestimate_bn",)), [X]).steps
 
 
 def test_an_equalization_that_hurts_is_undone_and_said(monkeypatch: pytest.MonkeyPatch) -> None:

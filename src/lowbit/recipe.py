@@ -31,7 +31,16 @@ from lowbit.files import atomic_path
 
 __all__ = ["SPECS", "Recipe", "Rule", "Target", "exactly"]
 
-REFINEMENTS = ("equalize", "bond_correct", "bias_correct", "affine_correct", "gptq", "adaround", "brecq")
+REFINEMENTS = (
+    "equalize",
+    "bond_correct",
+    "bias_correct",
+    "affine_correct",
+    "gptq",
+    "adaround",
+    "brecq",
+    "reestimate_bn",
+)
 
 
 class Target(Protocol):

@@ -28,6 +28,7 @@ from lowbit.passes.reconstruct import round_layers
 from lowbit.passes.smooth import smooth, smoothing_factors
 from lowbit.recipe import Recipe
 from lowbit.scales import choose_scales
+from lowbit.training.batchnorm import batchnorms, reestimate
 
 __all__ = ["Trial"]
 
@@ -148,6 +149,12 @@ class Trial:
             names = correct_bonds(corrected, reference, self.sample)
             if not names:  # no tensor network, nothing to say
                 return q, quality
+        elif step == "reestimate_bn":
+            kept_norms = set(map(id, batchnorms(corrected)))
+            names = [name for name, m in corrected.named_modules() if id(m) in kept_norms]
+            if not names:  # all are folded, nothing to say
+                return q, quality
+            reestimate(corrected, self.sample)
         elif step in ROUNDINGS:
             gains = ROUNDINGS[step](corrected, reference, self.sample)
             names = [gain.name for gain in gains if not gain.why]
