@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -23,7 +21,6 @@ from lowbit.passes.bias_correct import correct_outputs
 from lowbit.passes.bonds import correct_bonds
 from lowbit.passes.calibrate import batches
 from lowbit.passes.equalize import equalize
-from lowbit.passes.learn_rounding import learn_rounding
 from lowbit.passes.reconstruct import round_layers
 from lowbit.passes.smooth import smooth, smoothing_factors
 from lowbit.recipe import Recipe
@@ -38,11 +35,7 @@ MAX_SAMPLES = 512
 # Samples that may say at once that a trial is not worth more.
 FEW = 64
 # Refinements that choose codes, and say of each layer or block what became of it.
-ROUNDINGS: dict[str, Callable[..., list[Gain]]] = {
-    "gptq": round_layers,
-    "adaround": partial(learn_rounding, by="layer"),
-    "brecq": partial(learn_rounding, by="block"),
-}
+ROUNDINGS = ("gptq", "adaround", "brecq")
 # how much of what is uneven smoothing takes from the activations: those tried
 STRENGTHS = (0.5, 0.8)
 
@@ -156,7 +149,7 @@ class Trial:
                 return q, quality
             reestimate(corrected, self.sample)
         elif step in ROUNDINGS:
-            gains = ROUNDINGS[step](corrected, reference, self.sample)
+            gains = _rounded(step, corrected, reference, self.sample)
             names = [gain.name for gain in gains if not gain.why]
         else:
             names = correct_outputs(corrected, reference, self.sample, scale=step == "affine_correct")
@@ -168,6 +161,15 @@ class Trial:
         if kept:
             q.graph = corrected
         return q, max(quality, after)
+
+
+def _rounded(step: str, gm: fx.GraphModule, reference: fx.GraphModule, data: list[Inputs]) -> list[Gain]:
+    """By the rounding of that name."""
+    if step == "gptq":
+        return round_layers(gm, reference, data)
+    from lowbit.passes.learn_rounding import learn_rounding  # asked for by few, and not loaded for all
+
+    return learn_rounding(gm, reference, data, by="block" if step == "brecq" else "layer")
 
 
 def _sample(data: Any, num_batches: int | None, gm: fx.GraphModule) -> list[Inputs]:

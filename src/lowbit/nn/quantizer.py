@@ -220,11 +220,16 @@ class Quantizer(nn.Module):
             return fake_quantize(x, self.scale, self.zero_point, self.spec)
         x = self._trained_on(x) if self.training and torch.is_grad_enabled() else self.reshaped(x.float())
         scale, zero_point = self.grid()
+        if self.estimator.relaxed and self.training and torch.is_grad_enabled():
+            return self._relaxed(x, self._on_grid(x, scale, zero_point))
+        return self._on_grid(x, scale, zero_point)
+
+    def _on_grid(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         if self.threshold is not None or self.spec.split:
-            return self._relaxed(x, self._on_levels(x, scale))
+            return self._on_levels(x, scale)
         if not torch.is_grad_enabled():
             return fake_quantize(x, scale, zero_point, self.spec)
-        return self._relaxed(x, self._gradients(x, scale, zero_point, self._count(x)))
+        return self._gradients(x, scale, zero_point, self._count(x))
 
     def quantize(self, x: Tensor) -> QTensor:
         """Codes of `x` under the scale of this quantizer."""
@@ -263,8 +268,6 @@ class Quantizer(nn.Module):
 
     def _relaxed(self, x: Tensor, y: Tensor) -> Tensor:
         """The rounded tensor, on its way there in training."""
-        if not (self.estimator.relaxed and self.training and torch.is_grad_enabled()):
-            return y
         assert self.progress is not None
         return torch.lerp(x, y, share_rounded(self.progress))
 
