@@ -232,7 +232,7 @@ class _Learned:
                 continue
             why = _obstacle(layer, counts[id(layer)])
             if why:
-                self.obstacles.append(Gain(str(node.meta["name"]), 0.0, 0.0, why))
+                self.obstacles.append(Gain(str(node.meta["name"]), why=why))
             else:
                 self.layers.append(layer)
                 twin = problem.twin.gm.get_submodule(str(node.target))
@@ -299,7 +299,7 @@ def _learn(problem: _Problem, learned: _Learned, steps: int, masks: _Masks | Non
     name = problem.block.name
     noise, signal = problem.noise(), problem.signal()
     if not noise or not signal:
-        return Gain(name, 0.0, 0.0, "no data reached it" if not signal else "its output has no error")
+        return Gain(name, why="no data reached it" if not signal else "its output has no error")
     before = sqnr_db(signal, noise)
     learned.begin()
     _descend(problem, learned, steps, noise / problem.batches, masks, seed)
