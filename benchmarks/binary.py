@@ -18,7 +18,8 @@ linear: a 4096x4096 layer with ternary and with binary weights in ONNX Runtime, 
 accuracy: ResNet-20 (option B) on CIFAR-10 from the float network, with the augmentation and the defaults of
 `benchmarks/qat.py`: binary weights, ternary weights, and binary weights and activations, the network's own
 ReLUs kept, so that activations are 0 and 1. 'textbook' is binary weights with the plain straight-through
-estimator and the mean magnitude for the scale.
+estimator and the mean magnitude for the scale; 'relax', which --recipes asks for, has a forward pass that
+goes from the float weights to the rounded ones.
 
 levels, gradients: how scale and threshold are chosen, and the estimators of one bit; seed 0.
 """
@@ -258,6 +259,7 @@ def accuracy(options: argparse.Namespace) -> Found:
         "ternary": preset("ternary"),
         "w1a1": preset("w1a1"),
         "textbook": textbook(),
+        "relax": preset("w1", estimator="relax"),
     }
     table = Table(
         title=f"{options.epochs} epochs, last epoch: top-1 % on the 10,000 test images",

@@ -27,6 +27,7 @@ from lowbit.cli_options import (
 )
 from lowbit.cli_output import Answer, answering
 from lowbit.errors import LowbitError
+from lowbit.ladder import BITS, MAX_DROP
 from lowbit.model import QuantizedModel
 from lowbit.tables import text_table
 from lowbit.training.batches import split
@@ -34,8 +35,6 @@ from lowbit.training.batches import split
 __all__ = ["quantize"]
 
 AUTO = "auto"
-# points of accuracy that it may cost, and bits of weights, unless asked
-MAX_DROP, BITS = 0.5, 8
 
 
 def quantize(

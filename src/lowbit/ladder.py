@@ -16,7 +16,10 @@ from lowbit.model import QuantizedModel, Step
 from lowbit.presets import preset
 from lowbit.recipe import Recipe, exactly
 
-__all__ = ["Metric", "Rung", "climb"]
+__all__ = ["BITS", "MAX_DROP", "Metric", "Rung", "climb"]
+
+# of the metric that may be lost, in its own units, and bits of weights, unless asked
+MAX_DROP, BITS = 0.5, 8
 
 Metric = Callable[[nn.Module], float]
 
@@ -34,8 +37,8 @@ def climb(
     quantize: Callable[[Recipe], QuantizedModel],
     metric: Metric,
     *,
-    max_drop: float = 0.5,
-    bits: int = 8,
+    max_drop: float = MAX_DROP,
+    bits: int = BITS,
 ) -> QuantizedModel:
     """The first recipe whose metric is at most `max_drop` below that of the float model.
 

@@ -101,18 +101,23 @@ def preset(
     more: dict[str, Any] = {"fold_bn": "after", "refine": ("affine_correct",), "smooth": True}
     if bits == 8 and inputs in (8, 0):
         return Recipe(rules=(wide,), equalize=where == PerTensor(), **more)
+    codes = replace(TERNARY, granularity=where) if found[1] is None else _odd_when_few(bits, where)
+    more["refine"] = ("gptq",)
+    return Recipe(rules=_few_bits(wide, codes, inputs), equalize=True, **more)
+
+
+def _few_bits(wide: Rule, codes: QuantSpec, inputs: int) -> tuple[Rule, ...]:
+    """Weights of these codes but in the first and the last layer, and what layers read in so many bits."""
     # a group size that suits the inner layers rarely divides the inputs of the first
-    edge = wide if where == PerTensor() else replace(wide, weight=INT8)
+    edge = wide if codes.granularity == PerTensor() else replace(wide, weight=INT8)
     edge = replace(edge, reason=_EDGES)
     edges = tuple(replace(edge, match=f"role:{role}") for role in ("first", "last"))
-    codes = replace(TERNARY, granularity=where) if found[1] is None else _odd_when_few(bits, where)
-    narrow, more["refine"] = replace(wide, weight=codes), ("gptq",)
-    rules: tuple[Rule, ...] = (*edges, narrow)
-    if 0 < inputs < 8:
-        read = SIGN if inputs == 1 else replace(UINT8, bits=inputs)
-        layers = replace(narrow, match="role:layer", activation=read)
-        rules = (*edges, layers, replace(wide, weight=None))
-    return Recipe(rules=rules, equalize=True, **more)
+    narrow = replace(wide, weight=codes)
+    if not 0 < inputs < 8:
+        return (*edges, narrow)
+    read = SIGN if inputs == 1 else replace(UINT8, bits=inputs)
+    layers = replace(narrow, match="role:layer", activation=read)
+    return (*edges, layers, replace(wide, weight=None))
 
 
 def _fixed(bits: int, observer: str, where: Any, estimator: str) -> Recipe:

@@ -61,38 +61,35 @@ def quantize(
         LowbitError: activations are to be quantized without data, a rule matches nothing, the model does not
             run; what is for "auto" goes with another recipe.
     """
+    asked = {"metric": metric, "max_drop": max_drop, "bits": bits}
+    for_auto = {name: value for name, value in asked.items() if value is not None}
     if recipe == "auto":
-        if metric is None or calibration is None:
-            raise LowbitError(
-                "'auto' compares recipes on your data; pass calibration=... and metric=..., a function of a "
-                "model, such as its accuracy"
-            )
-        data = list(batches(calibration, num_batches))
-        asked = {"max_drop": max_drop, "bits": bits}
-        limits: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        return climb(model, partial(quantize, model, calibration=data), metric, **limits)
-    for name, value in (("metric", metric), ("max_drop", max_drop), ("bits", bits)):
-        if value is not None:
-            shown = f"'{recipe}'" if isinstance(recipe, str) else f"a {type(recipe).__name__}"
-            raise LowbitError(
-                f"{name}={value!r} is for the recipe 'auto', and the recipe is {shown}; leave {name} out, or "
-                "pass 'auto'"
-            )
+        return _first_that_holds(model, calibration, num_batches, for_auto)
+    for name, value in for_auto.items():
+        shown = f"'{recipe}'" if isinstance(recipe, str) else f"a {type(recipe).__name__}"
+        raise LowbitError(
+            f"{name}={value!r} is for the recipe 'auto', and the recipe is {shown}; leave {name} out, or "
+            "pass 'auto'"
+        )
     recipe = Recipe.get(recipe)
     if recipe.fold_bn == "after":  # without training in between it is the same, and corrections see the fold
         recipe = replace(recipe, fold_bn="before")
-    if calibration is None and recipe.calibrates:
-        raise LowbitError(
-            "the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use "
-            "'w8' or 'w8a8-dynamic'"
-        )
     if calibration is None:
-        if example_inputs is None:
-            raise LowbitError(
-                "tracing needs one batch to see shapes; pass calibration=... or example_inputs=..."
-            )
-        return _quantize_without_data(model, recipe, Inputs.of(example_inputs))
+        return _quantize_without_data(model, recipe, example_inputs)
     return _quantize_on_data(model, recipe, calibration, num_batches)
+
+
+def _first_that_holds(
+    model: nn.Module, calibration: Any, num_batches: int | None, asked: dict[str, Any]
+) -> QuantizedModel:
+    """The recipe "auto"; `asked` are the arguments that are its own."""
+    if "metric" not in asked or calibration is None:
+        raise LowbitError(
+            "'auto' compares recipes on your data; pass calibration=... and metric=..., a function of a "
+            "model, such as its accuracy"
+        )
+    data = list(batches(calibration, num_batches))
+    return climb(model, partial(quantize, model, calibration=data), **asked)
 
 
 def _quantize_on_data(
@@ -191,8 +188,15 @@ def freeze(q: QuantizedModel) -> QuantizedModel:
     return q.eval()
 
 
-def _quantize_without_data(model: nn.Module, recipe: Recipe, example: Inputs) -> QuantizedModel:
-    q = prepare(model, recipe, example)
+def _quantize_without_data(model: nn.Module, recipe: Recipe, example_inputs: Any) -> QuantizedModel:
+    if recipe.calibrates:
+        raise LowbitError(
+            "the recipe quantizes activations, whose ranges come from data; pass calibration=..., or use "
+            "'w8' or 'w8a8-dynamic'"
+        )
+    if example_inputs is None:
+        raise LowbitError("tracing needs one batch to see shapes; pass calibration=... or example_inputs=...")
+    q = prepare(model, recipe, example_inputs)
     choose_scales(q, [], None)
     if recipe.refine:
         names = correct_bias_analytically(q.graph)

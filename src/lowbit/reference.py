@@ -115,11 +115,7 @@ def run_on_codes(
             result = _run(gm, node, args, kwargs)
             if node.op == "output":
                 return _map(result)
-            if (
-                seen is not None
-                and kind_of(node) == "quantizer"
-                and isinstance(result, (Codes, DynamicCodes))
-            ):
+            if seen is not None and kind_of(node) == "quantizer" and isinstance(result, AnyCodes):
                 result = seen(str(node.target), result)
             values[node] = result
             for dead in last_use.get(node, ()):
@@ -156,7 +152,7 @@ def _run(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
 
 
 def _real(value: Any) -> Any:
-    return value.real() if isinstance(value, (Codes, DynamicCodes, Accumulated)) else value
+    return value.real() if isinstance(value, AnyCodes | Accumulated) else value
 
 
 def _map(value: Any) -> Any:

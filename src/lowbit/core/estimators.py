@@ -259,7 +259,7 @@ def relax(at: Local) -> Gradients:
     relaxation approach for training deep neural networks with quantized weights", eq. 7, with a =
     lambda / (lambda + 1).
     """
-    return Gradients(at.within(at.g))
+    return clipped_ste(at)
 
 
 RELAX_END = 0.7

@@ -218,9 +218,10 @@ class Quantizer(nn.Module):
             raise LowbitError("a quantizer has no scale yet; call lowbit.calibrate before running the model")
         if self.spec.kind == "float":
             return fake_quantize(x, self.scale, self.zero_point, self.spec)
-        x = self._trained_on(x) if self.training and torch.is_grad_enabled() else self.reshaped(x.float())
+        trains = self.training and torch.is_grad_enabled()
+        x = self._trained_on(x) if trains else self.reshaped(x.float())
         scale, zero_point = self.grid()
-        if self.estimator.relaxed and self.training and torch.is_grad_enabled():
+        if trains and self.estimator.relaxed:
             return self._relaxed(x, self._on_grid(x, scale, zero_point))
         return self._on_grid(x, scale, zero_point)
 

@@ -191,8 +191,8 @@ class _Masks:
         """Values before and after quantization, a share of DROP of the former."""
         size, bits = rounded.numel(), self.bits.get(rounded.device)
         if bits is None or len(bits) < 2 * size:
-            own = torch.Generator(rounded.device).manual_seed(self.seed)
-            bits = (torch.rand(2 * size, generator=own, device=rounded.device) >= DROP).float()
+            own = torch.Generator().manual_seed(self.seed)
+            bits = (torch.rand(2 * size, generator=own) >= DROP).float().to(rounded.device)
             self.bits[rounded.device] = bits
         start = int(torch.randint(len(bits) - size + 1, (), generator=self.draw))
         return torch.lerp(before, rounded, bits[start : start + size].reshape(rounded.shape))
