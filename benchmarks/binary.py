@@ -6,9 +6,9 @@
     python benchmarks/binary.py --parts gradients --data DIR --out studies --images 12800
 
 kernels: products of packed bits, packing of the activations included, beside torch's float32 product and
-convolution, and for the convolution ONNX Runtime's; and int8 in ONNX Runtime. In turn, one thread, what takes
-less than a few milliseconds several times in a row, as layers are called in practice; results are compared
-first. With --threads 2 also two against one.
+convolution, and for the convolution ONNX Runtime's; and int8 in ONNX Runtime. One thread, in turn, each for 20
+ms: as a layer is called in practice, with its weights in the cache where they fit. Results are compared first.
+With --threads 2 also two against one.
 
 network: a VGG-small (Zhang et al. 2018, LQ-Nets: 128-128-256-256-512-512, one linear layer), first and last
 layer in float, on the bit kernels beside its float twin in ONNX Runtime; and the size of both files.
@@ -47,7 +47,7 @@ from lowbit.graph.inputs import Inputs
 from lowbit.kernels import bits
 from lowbit.presets import preset
 from lowbit.reference import run_on_codes
-from measure import Timing, interleave, several
+from measure import Timing, interleave
 from networks import BinaryVgg
 from qat import Bench
 
@@ -56,7 +56,8 @@ PARTS = ("kernels", "network", "linear", "accuracy", "levels", "gradients")
 # VPOPCNTDQ, for binary and for ternary weights
 SHAPES = {(1024, 1024, 1024): (8.0, 10.0), (32, 4096, 4096): (30.0, 28.0), (1, 4096, 4096): (70.0, 28.0)}
 TWO_THREADS = 1.7
-REPEATS = 10
+# seconds of one run's turn
+TURN = 0.02
 CONV = {"torch": 9.0, "ONNX Runtime": 8.0}
 # of a whole network, and of a linear layer in ONNX Runtime
 NETWORK = {"speed": 3.0, "size": 15.0}
@@ -116,7 +117,7 @@ def products(m: int, n: int, k: int, rounds: int) -> dict[str, Timing]:
         "ternary": lambda: bits.linear(bits.pack_signs(x), packed["ternary"]),
         "int8": lambda: session.run(None, feed),
     }
-    timings = interleave(several(runs, REPEATS if m < 1024 else 1), rounds=rounds)
+    timings = interleave(runs, rounds=rounds, fill=TURN)
     return {name: t for name, t in timings.items() if name != "float32"}
 
 
@@ -143,8 +144,8 @@ def convolution(rounds: int) -> dict[str, Timing]:
             "torch": lambda: layer(x),
             "ONNX Runtime": lambda: session.run(None, feed),
         }
-        pairs = {name: several({name: run, "bits": ours}, REPEATS) for name, run in rivals.items()}
-        return {name: interleave(pair, rounds=rounds)["bits"] for name, pair in pairs.items()}
+        pairs = {name: {name: run, "bits": ours} for name, run in rivals.items()}
+        return {name: interleave(pair, rounds=rounds, fill=TURN)["bits"] for name, pair in pairs.items()}
 
 
 def threads(options: argparse.Namespace) -> Found:
@@ -160,7 +161,7 @@ def threads(options: argparse.Namespace) -> Found:
             return bits.linear(bits.pack_signs(x), weight)
 
         runs[f"{count}"] = run
-    timing = interleave(several(runs, REPEATS), rounds=options.rounds)[f"{options.threads}"]
+    timing = interleave(runs, rounds=options.rounds, fill=TURN)[f"{options.threads}"]
     torch.set_num_threads(1)
     table = Table(
         title="threads, 1024x1024x1024", columns=("threads", "times faster"), formats={"times faster": ".2f"}
@@ -191,7 +192,7 @@ def network(options: argparse.Namespace) -> Found:
             "bits": lambda: ours(x),
         }
         with torch.inference_mode():
-            timings = interleave(several(runs, REPEATS), rounds=options.rounds)
+            timings = interleave(runs, rounds=options.rounds, fill=TURN)
         save_file(model.state_dict(), Path(folder) / "float.safetensors")
         sizes = [
             file.stat().st_size
@@ -233,8 +234,8 @@ def linear(options: argparse.Namespace) -> Found:
             feed = {session.get_inputs()[0].name: x.numpy()}
             return lambda: session.run(None, feed)
 
-        runs = several({name: runner(name) for name in paths}, REPEATS)
-        timings = interleave(runs, rounds=options.rounds)
+        runs = {name: runner(name) for name in paths}
+        timings = interleave(runs, rounds=options.rounds, fill=TURN)
         sizes = {name: path.stat().st_size for name, path in paths.items()}
     for name, t in timings.items():
         smaller = sizes["float32"] / sizes[name]

@@ -35,36 +35,31 @@ class Timing:
         return 1 / self.paired
 
 
-def several(runs: Mapping[str, Run], times: int) -> dict[str, Run]:
-    """Each so many times in a row: the first call after another's finds cold caches."""
-
-    def repeated(run: Run) -> Run:
-        def loop() -> None:
-            for _ in range(times):
-                run()
-
-        return loop
-
-    return {name: repeated(run) for name, run in runs.items()}
-
-
 def interleave(
-    runs: Mapping[str, Run], *, rounds: int, warmup: int = 1, before: Mapping[str, Run] | None = None
+    runs: Mapping[str, Run],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    before: Mapping[str, Run] | None = None,
+    fill: float = 0.0,
 ) -> dict[str, Timing]:
     """Time the callables in turn, A B C A B C ..., `rounds` times, after `warmup` untimed turns.
 
     Whatever slows the machine for a while slows one round of all of them, so the paired ratio holds where
-    absolute times do not. `before[name]` is called, untimed, before each call of `runs[name]`. The garbage
-    collector is off during a call.
+    absolute times do not. `before[name]` is called, untimed, before each turn of `runs[name]`. With `fill` a
+    turn is as many calls as take so many seconds, and what is timed is one of them: the first call after
+    another's finds cold caches, which a layer that is called all the time does not. The garbage collector is
+    off during a turn.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; at least 1 is needed")
+    calls = {name: _calls(run, fill) for name, run in runs.items()}
     prepare = before or {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(warmup + rounds):
         for name, run in runs.items():
             prepare.get(name, _nothing)()
-            seconds = _time(run)
+            seconds = _time(run, calls[name])
             if turn >= warmup:
                 times[name].append(seconds)
     first = next(iter(times.values()))
@@ -85,14 +80,23 @@ def _timing(name: str, seconds: list[tuple[float, float]], first: list[tuple[flo
     )
 
 
-def _time(run: Run) -> tuple[float, float]:
-    """Wall and processor seconds of one call."""
+def _calls(run: Run, fill: float) -> int:
+    """How many calls take so many seconds."""
+    calls = 1
+    while fill and (seconds := _time(run, calls)[0] * calls) < fill:
+        calls = max(2 * calls, int(calls * fill / seconds))
+    return calls
+
+
+def _time(run: Run, calls: int) -> tuple[float, float]:
+    """Wall and processor seconds of one call, from so many in a row."""
     gc.collect()
     gc.disable()
     try:
         start, cpu = time.perf_counter(), time.process_time()
-        run()
-        return time.perf_counter() - start, time.process_time() - cpu
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls, (time.process_time() - cpu) / calls
     finally:
         gc.enable()
 

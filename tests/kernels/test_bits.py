@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -376,3 +380,37 @@ def test_threads_share_the_work(two_threads: None, rows: int) -> None:
     assert torch.equal(bits.unpack_input(y), torch.where(acc >= 0, 1, -1).int())
     whole = codes.float()
     assert torch.equal(bits.linear(whole, bits.pack_weight(w, floats=True)), acc.float())
+
+
+@pytest.mark.skipif(library is None, reason=bits.description())
+def test_callers_at_the_same_time_do_not_wait_for_each_other(two_threads: None) -> None:
+    x, codes = signs((512, 1024), 1)
+    w = weights((1024, 1024), "binary")
+    packed, expected = bits.pack_weight(w), (codes.float() @ w.float().T).int()
+
+    def call(_: int) -> bool:
+        torch.set_num_threads(2)
+        return torch.equal(bits.linear(x, packed), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(40)))
+
+
+FORK = """
+import os, torch
+from lowbit.kernels import bits
+
+torch.set_num_threads(2)
+x, w = torch.randn(512, 1024), bits.pack_weight(torch.ones(1024, 1024))
+before = bits.linear(bits.pack_signs(x), w).numpy()
+child = os.fork()
+after = bits.linear(bits.pack_signs(x), w).numpy()
+if child == 0:
+    os._exit(not (before == after).all())
+assert os.waitpid(child, 0)[1] == 0 and (before == after).all()
+"""
+
+
+@pytest.mark.skipif(library is None or not hasattr(os, "fork"), reason="no native kernels, or no fork")
+def test_a_child_of_a_process_with_threads_has_its_own() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)

@@ -158,7 +158,7 @@ struct Vec {
     static constexpr int64_t BLOCK = INT64_MAX / 2;
     static U load(const uint64_t *p) { return _mm512_loadu_si512(p); }
     static U set(uint64_t a) { return _mm512_set1_epi64(static_cast<int64_t>(a)); }
-    static U differ(U a, U b) { return _mm512_xor_si512(a, b); }
+    static U differ(U a, U b) { return _mm512_xor_epi64(a, b); }
     static U choose(U a, U yes, U no) { return _mm512_ternarylogic_epi64(a, yes, no, 0xca); }
     static Count no_count() { return _mm512_setzero_si512(); }
     static Sum no_sum() { return _mm512_setzero_si512(); }
@@ -320,7 +320,7 @@ LOWBIT_API void lowbit_bits_product(const Geometry *geometry, const uint64_t *x,
     const int64_t words = g.taps() * g.run / 8, planes = g.planes, panels = panels_of(g.outputs, loops.panel);
     const int64_t panel = words * loops.panel * (ternary ? 2 : 1);
     const int64_t tile = TILE / planes > 0 ? TILE / planes : 1, per_chunk = CHUNK / loops.panel;
-    const int64_t work = g.pixels() * planes * g.groups * g.outputs * words;
+    const int64_t work = g.pixels() * planes * g.groups * g.outputs * words / 8;
     convolve(g, x, fill, work, threads,
              [&](const Patches &patches, int64_t at, int64_t pixels, int64_t group, int64_t chunk) {
         const int n = static_cast<int>(std::min<int64_t>(CHUNK, g.outputs - chunk * CHUNK));

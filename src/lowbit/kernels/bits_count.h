@@ -11,13 +11,13 @@ template <int R, bool TERNARY>
 static void count_panel(const uint64_t *const *a, int64_t words, const uint64_t *w, uint32_t *to) {
     constexpr int V = PANEL / Vec::LANES, STEP = TERNARY ? 2 * PANEL : PANEL;
     Vec::Sum sums[R][V];
-    for (auto &row : sums)
-        for (Vec::Sum &sum : row) sum = Vec::no_sum();
+    LOWBIT_UNROLL for (int r = 0; r < R; ++r)
+        LOWBIT_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = Vec::no_sum();
     for (int64_t k = 0; k < words;) {
         const int64_t stop = k + Vec::BLOCK < words ? k + Vec::BLOCK : words;
         Vec::Count counts[R][V];
-        for (auto &row : counts)
-            for (Vec::Count &count : row) count = Vec::no_count();
+        LOWBIT_UNROLL for (int r = 0; r < R; ++r)
+            LOWBIT_UNROLL for (int v = 0; v < V; ++v) counts[r][v] = Vec::no_count();
         for (; k < stop; ++k, w += STEP) {
             LOWBIT_UNROLL for (int v = 0; v < V; ++v) {
                 const Vec::U negative = Vec::load(w + v * Vec::LANES);
