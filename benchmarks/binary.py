@@ -6,8 +6,8 @@
     python benchmarks/binary.py --parts gradients --data DIR --out studies --images 12800
 
 kernels: products of packed bits, packing of the activations included, beside torch's float32 product and
-convolution, and for the convolution ONNX Runtime's; and int8 in ONNX Runtime. One thread, in turn, each for 20
-ms: as a layer is called in practice, with its weights in the cache where they fit. Results are compared first.
+convolution, and for the convolution ONNX Runtime's; and int8 in ONNX Runtime. One thread, in turn, each for
+20 ms: as a layer is called in practice, its weights in the cache where they fit. Results are compared first.
 With --threads 2 also two against one.
 
 network: a VGG-small (Zhang et al. 2018, LQ-Nets: 128-128-256-256-512-512, one linear layer), first and last

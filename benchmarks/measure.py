@@ -53,15 +53,19 @@ def interleave(
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; at least 1 is needed")
-    calls = {name: _calls(run, fill) for name, run in runs.items()}
     prepare = before or {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    gc.collect()
+    # what is there now stays: walking over it before each turn would empty the caches, and takes longer than a turn
+    gc.freeze()
+    calls = {name: _calls(run, fill) for name, run in runs.items()}
     for turn in range(warmup + rounds):
         for name, run in runs.items():
             prepare.get(name, _nothing)()
             seconds = _time(run, calls[name])
             if turn >= warmup:
                 times[name].append(seconds)
+    gc.unfreeze()
     first = next(iter(times.values()))
     return {name: _timing(name, seconds, first) for name, seconds in times.items()}
 

@@ -225,6 +225,21 @@ def test_transposed_convolution_in_groups(label: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("instructions", "precise"),
+    [(("avx2",), True), (("avx2", "avx_vnni"), False), (("avx2", "avx512_vnni", "amx_int8"), False), (None, True)],
+)
+def test_exact_kernels_are_asked_for_where_others_saturate_alone(
+    instructions: Any, precise: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where there is VNNI they are exact anyhow, and those asked for are half as fast."""
+    monkeypatch.setattr(runtime, "instructions", lambda: instructions)
+    model, data = build("two inputs")
+    q = lowbit.quantize(model, "w8a8", data)
+    options = runtime.session(lowbit.export.onnx(q, tmp_path / "m.onnx"), threads=1).get_session_options()
+    assert options.has_session_config_entry(runtime.PRECISE[0]) == precise
+
+
+@pytest.mark.parametrize(
     ("instructions", "says"),
     [(("avx2",), "no VNNI"), (("avx2", "avx512_vnni"), ""), (("neon",), ""), (None, "")],
 )

@@ -7,11 +7,11 @@ from typing import Any
 
 from lowbit.processor import instructions
 
-__all__ = ["PRECISE", "advice", "float_layers", "session"]
+__all__ = ["PRECISE", "advice", "float_layers", "saturates", "session"]
 
 # Without VNNI the kernels of ONNX Runtime for x86 add two products of uint8 and int8 in 16 bits, which
-# saturate: 255 * 127 * 2 does not fit. With this entry they take others, which are exact and slower; where
-# there is VNNI it changes nothing.
+# saturate: 255 * 127 * 2 does not fit. With this entry they take others, which are exact and slower, and it does
+# so on processors with VNNI too, whose own kernels are exact: never give it there.
 PRECISE = ("session.x64quantprecision", "1")
 # Rounds the float weights of a layer that reads quantized inputs to 8 bits, one scale for all, unasked.
 ROUNDS_WEIGHTS = "WeightBiasQuantization"
@@ -37,12 +37,20 @@ def session(
         options.intra_op_num_threads = options.inter_op_num_threads = threads
     if optimized_to is not None:
         options.optimized_model_filepath = str(optimized_to)
-    for name, value in (PRECISE, *((f"session.{name}", value) for name, value in entries.items())):
-        options.add_session_config_entry(name, value)
+    if saturates():
+        options.add_session_config_entry(*PRECISE)
+    for name, value in entries.items():
+        options.add_session_config_entry(f"session.{name}", value)
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(
         source, options, providers=["CPUExecutionProvider"], disabled_optimizers=[ROUNDS_WEIGHTS]
     )
+
+
+def saturates() -> bool:
+    """Whether the kernels that ONNX Runtime would take saturate here; True where PyTorch cannot tell."""
+    found = instructions()
+    return found is None or ("avx2" in found and not {"avx512_vnni", "avx_vnni"} & set(found))
 
 
 def advice(float_layers: int = 0) -> str:
@@ -57,8 +65,7 @@ def advice(float_layers: int = 0) -> str:
             f"{float_layers} layers with float weights read quantized inputs, and ONNX Runtime rounds such "
             f"weights to 8 bits: run the file as here, with disabled_optimizers=['{ROUNDS_WEIGHTS}']."
         )
-    found = instructions()
-    if found is not None and "avx2" in found and not {"avx512_vnni", "avx_vnni"} & set(found):
+    if instructions() is not None and saturates():
         name, value = PRECISE
         said.append(
             f"This processor has no VNNI: run the file as here, with {name} = {value} among the session's "

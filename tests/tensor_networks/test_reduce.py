@@ -47,6 +47,19 @@ def test_the_true_ranks_are_left(bits: int) -> None:
     assert "weights saved" in str(found)
 
 
+def test_the_smallest_go_one_after_the_other_until_the_output_has_lost_what_it_may() -> None:
+    model = TTLinear(MODES, MODES, 12).eval()
+    saved, left = [], []
+    for lost in (0.1, 0.5, 1.0, 3.0, 40.0):
+        found = reduce_ranks(model, recipe(3), [torch.eye(64)], tolerance=20.0, lost_db=lost)
+        assert found.before_db - lost <= found.after_db
+        saved.append(found.rows[0].weights_before - found.rows[0].weights_after)
+        left.append(found.tolerance)
+    assert saved == sorted(saved) and left == sorted(left)
+    assert len(set(saved)) > 2  # neither all nor nothing
+    assert saved[0] < saved[-1] and left[-1] <= 20.0
+
+
 def test_nothing_goes_that_is_above_the_noise() -> None:
     model = TTLinear(MODES, MODES, 8).eval()
     found = reduce_ranks(model, recipe(8), [torch.eye(64)])

@@ -27,9 +27,6 @@ from lowbit.tables import text_table
 
 __all__ = ["Reduced", "ReducedRow", "reduce_ranks"]
 
-# How often the tolerance is halved before a model is left as it is.
-HALVINGS = 5
-
 
 @dataclass(frozen=True)
 class ReducedRow:
@@ -45,6 +42,17 @@ class ReducedRow:
     # the same for the ranks that went
     truncated: float
     why: str = ""
+
+
+@dataclass(frozen=True)
+class _Bonds:
+    """A network as it is quantized: with BatchNorm folded, and equalized."""
+
+    path: str
+    # with all ranks
+    row: ReducedRow
+    # singular values of each bond in units of the noise of one index; none where no rank can go
+    spectra: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,16 +99,19 @@ def reduce_ranks(
     """Drop the ranks that rounding hides: first round the ranks, then quantize. The model is left as it was.
 
     With N the error that quantization makes in the dense weight and r the rank of a bond, each of its indices
-    carries noise of about N / sqrt(r); singular values of the unfolding below `tolerance` times that go, and
-    the network is quantized anew. If the SQNR of its output, against that of `model`, is then worse than with
-    all ranks, by more than `lost_db`, the tolerance is halved; if nothing is as good, all ranks stay.
+    carries noise of about N / sqrt(r). Singular values of the unfoldings below `tolerance` times that go, the
+    smallest first and as many as can: the network is quantized anew, and the SQNR of its output, against that
+    of `model`, may be worse than with all ranks by no more than `lost_db`. How many is found by bisection.
 
     Args:
         model: with tensor networks, as `tensorize` makes them; trained or not.
         recipe, calibration, num_batches: as for `lowbit.quantize`.
-        tolerance: in units of the noise.
+        tolerance: in units of the noise; larger singular values stay whatever is lost.
         lost_db: what the output may lose, in dB. Rounding other numbers moves it by a tenth, either way; a
             classifier that is far above the noise can lose much more.
+
+    Returns:
+        With `tolerance` that of the largest singular value that went, 0 where all stay.
 
     Raises:
         LowbitError: a model without tensor networks, or a tolerance that is not positive.
@@ -116,27 +127,26 @@ def reduce_ranks(
     with torch.inference_mode():
         targets = [flat_tensors(inputs.call(floats)) for inputs in data]
     before = _quality(q, data, targets)
-    for halving in range(HALVINGS + 1):
+    bonds = [_bonds(floats.get_submodule(path), path, noisy.graph) for path in noisy.graph.meta["networks"]]
+    sizes = sorted({float(v) for b in bonds for spectrum in b.spectra for v in spectrum if v < tolerance})
+    found = Reduced(copy.deepcopy(model), q, tuple(b.row for b in bonds), before, before, 0.0)
+    kept, refused = 0, len(sizes) + 1
+    while refused - kept > 1:
+        # all of them first
+        tried = len(sizes) if refused > len(sizes) else (kept + refused) // 2
         small = copy.deepcopy(model)
-        rows = tuple(
-            _reduce(small.get_submodule(path), path, noisy.graph, tolerance / 2**halving)
-            for path in noisy.graph.meta["networks"]
-        )
-        if all(row.ranks_after == row.ranks_before for row in rows):
-            break
+        rows = tuple(_cut(small.get_submodule(b.path), b, sizes[tried - 1]) for b in bonds)
         other = quantize(small, recipe, data)
         after = _quality(other, data, targets)
         if after >= before - lost_db:
-            return Reduced(small, other, rows, before, after, tolerance / 2**halving)
-    rows = tuple(
-        replace(row, ranks_after=row.ranks_before, weights_after=row.weights_before, truncated=0.0)
-        for row in rows
-    )
-    return Reduced(copy.deepcopy(model), q, rows, before, before, 0.0)
+            kept, found = tried, Reduced(small, other, rows, before, after, sizes[tried - 1])
+        else:
+            refused = tried
+    return found
 
 
-def _reduce(network: nn.Module, path: str, noisy: fx.GraphModule, tolerance: float) -> ReducedRow:
-    """Take ranks from a network, in place.
+def _bonds(network: nn.Module, path: str, noisy: fx.GraphModule) -> _Bonds:
+    """The singular values of a network, beside the noise.
 
     Args:
         noisy: the graph in which its factors are quantized.
@@ -145,26 +155,31 @@ def _reduce(network: nn.Module, path: str, noisy: fx.GraphModule, tolerance: flo
     blueprint, count = network.blueprint, network.weights
     row = ReducedRow(path, blueprint.ranks, blueprint.ranks, count, count, 0.0, 0.0)
     if not network.mixes:
-        return replace(row, why="its bonds cannot be turned, so they have no singular values")
+        return _Bonds(path, replace(row, why="its bonds cannot be turned, so they have no singular values"))
     layers = [noisy.get_submodule(name) for name in blueprint.paths(path)]
     if not all(isinstance(layer, QLayer) for layer in layers):
-        return replace(row, why="not all of its factors are quantized, so nothing is hidden")
-    # as it is quantized: with BatchNorm folded, and equalized
+        return _Bonds(path, replace(row, why="not all of its factors are quantized, so nothing is hidden"))
     latent = network.train_of([layer.weight.detach() for layer in layers], blueprint)
     noisy_train = network.train_of([layer.effective_weight().detach() for layer in layers], blueprint)
     spectra = spectra_of(orthogonal([core.double() for core in latent.cores]))
     size = max(float(spectra[0].norm()), 1e-30)
     noise = float((latent.dense().double() - noisy_train.dense().double()).norm())
-    keep = tuple(max(1, int((s > tolerance * noise / math.sqrt(len(s))).sum())) for s in spectra)
-    if keep == blueprint.ranks:
-        return replace(row, noise=noise / size, why="every singular value is above the noise")
-    found = rounded(
-        network.train_of([factor.weight.detach() for factor in network.factors], blueprint), Fixed(keep)
-    )
+    row = replace(row, noise=noise / size, why="every singular value is worth more than the noise")
+    unit = max(noise, 1e-30)
+    return _Bonds(path, row, tuple(s * math.sqrt(len(s)) / unit for s in spectra))
+
+
+def _cut(network: nn.Module, bonds: _Bonds, limit: float) -> ReducedRow:
+    """Take ranks from a network, in place: singular values up to `limit`, one of each bond stays."""
+    keep = tuple(max(1, int((s > limit).sum())) for s in bonds.spectra)
+    if not keep or keep == bonds.row.ranks_before:
+        return bonds.row
+    assert isinstance(network, TensorNetwork)
+    factors = network.train_of([factor.weight.detach() for factor in network.factors], network.blueprint)
+    found = rounded(factors, Fixed(keep))
     network.load(found)
-    ranks = network.blueprint.ranks
-    done = replace(row, ranks_after=ranks, weights_after=network.weights)
-    return replace(done, noise=noise / size, truncated=found.error)
+    ranks, weights = network.blueprint.ranks, network.weights
+    return replace(bonds.row, ranks_after=ranks, weights_after=weights, truncated=found.error, why="")
 
 
 @torch.inference_mode()
