@@ -56,7 +56,7 @@ def interleave(
     prepare = before or {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     gc.collect()
-    # what is there now stays: walking over it before each turn would empty the caches, and takes longer than a turn
+    # what is there now stays: walking over it before each turn would empty the caches
     gc.freeze()
     calls = {name: _calls(run, fill) for name, run in runs.items()}
     for turn in range(warmup + rounds):

@@ -49,7 +49,7 @@ SMALLER = 3.7
 # seconds of a file's turn, in which it runs several times as in deployment
 TURN = 0.1
 # least speed-up over FP32 in ONNX Runtime, where the processor has the instructions
-SPEEDUPS = {ORT: ("avx512_vnni", 2.0), OPENVINO: ("amx_int8", 3.5)}
+SPEEDUPS = {ORT: ("avx512_vnni", 2.0), OPENVINO: ("avx512_vnni", 3.5)}
 RIVAL = "INT8 dynamic, onnxruntime"
 GROUPS = QuantSpec(bits=4, signed=False, symmetric=False, granularity=PerGroup(1, 32))
 # the products of attention are small, and no faster in integers

@@ -226,7 +226,12 @@ def test_transposed_convolution_in_groups(label: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("instructions", "precise"),
-    [(("avx2",), True), (("avx2", "avx_vnni"), False), (("avx2", "avx512_vnni", "amx_int8"), False), (None, True)],
+    [
+        (("avx2",), True),
+        (("avx2", "avx_vnni"), False),
+        (("avx2", "avx512_vnni", "amx_int8"), False),
+        (None, True),
+    ],
 )
 def test_exact_kernels_are_asked_for_where_others_saturate_alone(
     instructions: Any, precise: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

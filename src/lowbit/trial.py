@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -80,11 +81,15 @@ class Trial:
 
     def quality(self, gm: fx.GraphModule) -> float:
         """SQNR in dB of everything the graph returns, over the sample."""
-        signal = noise = 0.0
         with torch.inference_mode():
-            for inputs, targets in zip(self.sample, self.targets, strict=True):
-                more = noise_and_signal(targets, inputs.call(gm))
-                noise, signal = noise + more[0], signal + more[1]
+            return self.quality_of(inputs.call(gm) for inputs in self.sample)
+
+    def quality_of(self, outputs: Iterable[Any]) -> float:
+        """The same of what a graph has returned for each batch of the sample."""
+        signal = noise = 0.0
+        for output, targets in zip(outputs, self.targets, strict=True):
+            more = noise_and_signal(targets, output)
+            noise, signal = noise + more[0], signal + more[1]
         return sqnr_db(signal, noise)
 
     def equalize(
@@ -137,7 +142,7 @@ class Trial:
     ) -> tuple[QuantizedModel, float]:
         """Apply one correction to a copy; keep it when the output gets better."""
         corrected = clone(q.graph)
-        gains: list[Gain] = []
+        gains, outputs = list[Gain](), list[Any]()
         if step == "bond_correct":
             names = correct_bonds(corrected, reference, self.sample)
             if not names:  # no tensor network, nothing to say
@@ -149,11 +154,11 @@ class Trial:
                 return q, quality
             reestimate(corrected, self.sample)
         elif step in ROUNDINGS:
-            gains = _rounded(step, corrected, reference, self.sample)
+            gains, outputs = _rounded(step, corrected, reference, self.sample)
             names = [gain.name for gain in gains if not gain.why]
         else:
             names = correct_outputs(corrected, reference, self.sample, scale=step == "affine_correct")
-        after = self.quality(corrected)
+        after = self.quality_of(outputs) if outputs else self.quality(corrected)
         kept = after >= quality
         samples = sum(inputs.batch_size for inputs in self.sample)
         text = f"{len(names)} {'blocks' if step == 'brecq' else 'layers'} over {samples} samples"
@@ -163,13 +168,15 @@ class Trial:
         return q, max(quality, after)
 
 
-def _rounded(step: str, gm: fx.GraphModule, reference: fx.GraphModule, data: list[Inputs]) -> list[Gain]:
-    """By the rounding of that name."""
+def _rounded(
+    step: str, gm: fx.GraphModule, reference: fx.GraphModule, data: list[Inputs]
+) -> tuple[list[Gain], list[Any]]:
+    """By the rounding of that name; and the outputs, where the rounding has come by them."""
     if step == "gptq":
         return round_layers(gm, reference, data)
     from lowbit.passes.learn_rounding import learn_rounding  # asked for by few, and not loaded for all
 
-    return learn_rounding(gm, reference, data, by="block" if step == "brecq" else "layer")
+    return learn_rounding(gm, reference, data, by="block" if step == "brecq" else "layer"), []
 
 
 def _sample(data: Any, num_batches: int | None, gm: fx.GraphModule) -> list[Inputs]:

@@ -9,6 +9,7 @@ import torch
 from helpers import Fn, conv, image, traced
 from torch import Tensor, nn
 
+import lowbit
 from lowbit.graph.blocks import Block, blocks, inputs_first, layer_blocks
 from lowbit.graph.inputs import Inputs
 from lowbit.graph.ops import kind_of
@@ -101,15 +102,20 @@ def test_a_block_alone_gives_what_it_gives_in_the_graph(name: str, cut: Callable
         assert torch.equal(block.run(gm, reads), values[block.end])
 
 
-def test_a_block_shows_what_it_computes() -> None:
-    gm, x = traced(conv(4, 4), image(channels=4)), image(channels=4)
-    (block,) = blocks(gm)
-    (read,) = block.reads
-    seen = []
-
-    def double(node: object, source: Tensor, value: Tensor) -> Tensor:
-        seen.append(node)
-        return 2 * value if node is block.end else value
-
-    assert torch.equal(block.run(gm, {read: x}, double), 2 * gm(x))
-    assert tuple(seen) == block.nodes
+def test_what_quantizers_of_a_block_give_can_be_taken_back() -> None:
+    x = image(3)
+    q = lowbit.prepare(nn.Sequential(Residual(3), conv(3, 3)).eval(), "w4a4", x)
+    lowbit.calibrate(q, [x])
+    first = blocks(q.graph)[0]
+    values = {node: value for node, (value,) in walk(q.graph, [Inputs((x,))])}
+    reads = {node: values[node] for node in first.reads}
+    assert first.quantizers
+    assert torch.equal(first.run(q.graph, reads, lambda source, value: value), values[first.end])
+    rounded = first.run(q.graph, reads)
+    for node in first.quantizers:
+        q.graph.get_submodule(str(node.target)).mode = "off"
+    alone = first.run(q.graph, reads)
+    for node in first.quantizers:
+        q.graph.get_submodule(str(node.target)).mode = "quantize"
+    assert not torch.equal(alone, rounded)
+    assert torch.equal(first.run(q.graph, reads, lambda source, value: source), alone)

@@ -6,6 +6,8 @@ first's data and then the second's: exactly, bit for bit.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,8 @@ class Observer:
         if x.numel() == 0:
             return
         shape = self.spec.scale_shape(x.shape)
+        if math.prod(shape) == 1 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            x = x.permute(0, 2, 3, 1)  # the order in memory: a row of it needs no copy
         rows = grouped(x.detach().float(), shape)
         # the reduction over everything is vectorized, the one over a dimension of one row is not
         lo, hi = (v.reshape(1) for v in torch.aminmax(rows)) if len(rows) == 1 else torch.aminmax(rows, dim=1)

@@ -8,6 +8,7 @@ axis of groups, of length 1 for every other layer.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,10 +92,15 @@ class Moments:
         return Moments(self.square + other.square, self.cross + other.cross)
 
     def target(self, weight: Tensor, damping: float) -> Tensor:
-        """T with W x ~ T u by least squares, drawn to W [groups, rows, columns] by the damping."""
+        """T with W x ~ T u by least squares, drawn to W [groups, rows, columns] by the damping.
+
+        NaN where the moments are singular however much was added.
+        """
         ridge = self.ridge(damping)
         wanted = weight.to(self.square.dtype) @ (self.cross + ridge)
-        return torch.linalg.solve(self.square + ridge, wanted, left=False)
+        factor, failed = torch.linalg.cholesky_ex(self.square + ridge)
+        found = torch.cholesky_solve(wanted.mT, factor).mT
+        return torch.where((failed != 0)[:, None, None], torch.nan, found)
 
     def ridge(self, damping: float) -> Tensor:
         """What is added to both moments: so much of the mean of the diagonal, on the diagonal."""
@@ -123,7 +129,8 @@ class Objective:
         wanted, unseen = x[:, held:] @ weight.mT, u[:, held:]
 
         def off(damping: float) -> float:
-            return float((unseen @ first.target(weight, damping).float().mT - wanted).square().sum())
+            lost = float((unseen @ first.target(weight, damping).float().mT - wanted).square().sum())
+            return math.inf if math.isnan(lost) else lost
 
         damping = min(DAMPINGS, key=off) if unseen.shape[1] else DAMPINGS[-1]
         moments = first + rest

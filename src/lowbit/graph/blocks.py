@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -15,8 +16,8 @@ from lowbit.graph.run import evaluate
 
 __all__ = ["Block", "blocks", "inputs_first", "layer_blocks"]
 
-# (node, its first argument, its value) -> the value to go on with
-Seen = Callable[[fx.Node, Any, Any], Any]
+# (what a quantizer reads, what it gives) -> the value to go on with
+Seen = Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,16 @@ class Block:
     def end(self) -> fx.Node:
         return self.nodes[-1]
 
-    @property
+    @cached_property
     def reads(self) -> tuple[fx.Node, ...]:
         """The nodes before it whose values it needs."""
         inside = set(self.nodes)
         return tuple(dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside))
+
+    @cached_property
+    def quantizers(self) -> tuple[fx.Node, ...]:
+        """Calls of quantizers of activations."""
+        return tuple(n for n in self.nodes if kind_of(n) == "quantizer")
 
     @property
     def layers(self) -> tuple[fx.Node, ...]:
@@ -50,13 +56,13 @@ class Block:
         """The value that leaves, given those that it reads.
 
         Args:
-            seen: is shown each value, and says with which to go on.
+            seen: is shown what quantizers read and give, and says with which to go on.
         """
         known = dict(values)
         for node in self.nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
             value = evaluate(gm, node, args, kwargs)
-            known[node] = value if seen is None else seen(node, args[0] if args else None, value)
+            known[node] = seen(args[0], value) if seen is not None and node in self.quantizers else value
         return known[self.end]
 
 

@@ -32,6 +32,7 @@ def normalize(gm: fx.GraphModule) -> None:
     for rewrite in (
         _operands_first,
         _out_of_place,
+        _views_to_reshapes,
         attention_to_products,
         weights_to_modules,
         _means_to_pooling,
@@ -91,6 +92,13 @@ def _is_in_place(node: fx.Node) -> bool:
         and not name.endswith("__")
         and hasattr(Tensor, name[:-1])
     )
+
+
+def _views_to_reshapes(gm: fx.GraphModule) -> None:
+    """x.view(sizes) becomes x.reshape(sizes), which takes any layout of memory, so channels last too."""
+    for node in gm.graph.find_nodes(op="call_method", target="view"):
+        if not any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values())):
+            node.target = "reshape"
 
 
 def _flagged(node: fx.Node) -> bool:

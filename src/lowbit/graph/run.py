@@ -35,8 +35,10 @@ def walk(
             if node.op == "placeholder":
                 result = [start[node.name] for start in starts]
             else:
-                picked = [_pick((node.args, node.kwargs), values, i) for i in range(len(data))]
-                result = [evaluate(gm, node, args, kwargs) for args, kwargs in picked]
+                # one batch after the other: what lies in files is there only while it is read
+                result = [
+                    evaluate(gm, node, *_pick((node.args, node.kwargs), values, i)) for i in range(len(data))
+                ]
         replaced = yield node, result
         values[node] = shelf.put(result if replaced is None else replaced)
         for dead in last_use.get(node, ()):

@@ -20,20 +20,26 @@ class _OnDisk:
     """A tensor in a file that is gone once nothing refers to it."""
 
     file: IO[bytes]
+    # without numbers, in the layout that it had
     like: Tensor
 
     @classmethod
     def of(cls, value: Tensor) -> _OnDisk:
         file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the last reference
-        value.detach().contiguous().view(torch.uint8).numpy().tofile(file)
         kept = cls(file, torch.empty_like(value, device="meta"))
+        value.detach().permute(kept.order).contiguous().view(torch.uint8).numpy().tofile(file)
         weakref.finalize(kept, file.close)
         return kept
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Axes from the outermost in memory to the innermost."""
+        return tuple(sorted(range(self.like.ndim), key=self.like.stride, reverse=True))
+
     def load(self) -> Tensor:
         self.file.seek(0)
-        raw = torch.from_numpy(np.fromfile(self.file, dtype=np.uint8))
-        return raw.view(self.like.dtype).reshape(self.like.shape)
+        raw = torch.from_numpy(np.fromfile(self.file, dtype=np.uint8)).view(self.like.dtype)
+        return raw.as_strided(self.like.shape, self.like.stride())
 
 
 class Shelf:

@@ -26,7 +26,7 @@ from lowbit.progress import track
 __all__ = ["learn_rounding"]
 
 # How often each sample is seen, in batches of so many, and the fewest steps.
-EPOCHS, BATCH, FEWEST_STEPS = 25, 32, 200
+EPOCHS, BATCH, FEWEST_STEPS = 22, 32, 200
 # Step sizes of Adam, which fall along a cosine: of roundings; of biases and scales, in units of their mean.
 LEARNING_RATE, RELATIVE_RATE = 0.1, 3e-3
 # Share of values that are not quantized in a step of a block.
@@ -34,7 +34,7 @@ DROP = 0.5
 # What an undecided rounding costs beside the error once FREE of the steps are done, and its exponents.
 PUSH, FREE, SHARP_FROM, SHARP_TO = 100.0, 0.2, 20.0, 2.0
 # Values of either network, and those that blocks read, that stay in memory; what is beyond lies in files.
-WALK_BYTES = 48 << 20
+WALK_BYTES = 24 << 20
 
 
 def learn_rounding(
@@ -112,6 +112,7 @@ class _Twin:
     ) -> None:
         """For what blocks end in; where masks mix them in, for what blocks read as well."""
         self.gm, self.nodes = gm, {node.name: node for node in gm.graph.nodes}
+        self.twins = dict[fx.Node, fx.Node]()
         ends = {block.end for block in found}
         self.asked = {
             block: [*(n for n in block.reads if mixes and _differs(n, ends)), block.end] for block in found
@@ -121,9 +122,12 @@ class _Twin:
 
     def of(self, node: fx.Node) -> fx.Node:
         """The node of the same name; of a quantizer that of what it rounds."""
-        while kind_of(node) == "quantizer":
-            node = node.all_input_nodes[0]
-        return self.nodes[node.name]
+        if node not in self.twins:
+            source = node
+            while kind_of(source) == "quantizer":
+                source = source.all_input_nodes[0]
+            self.twins[node] = self.nodes[source.name]
+        return self.twins[node]
 
     def reach(self, block: Block) -> None:
         for node in map(self.of, self.asked[block]):
@@ -175,7 +179,7 @@ class _Problem:
         else:
             for node in self.twin.asked[self.block][:-1]:
                 values[node] = masks.mixed(self.floats(node, batch), values[node])
-            output = self.block.run(self.gm, values, masks.seen)
+            output = self.block.run(self.gm, values, masks.mixed)
         return (output - self.floats(self.block.end, batch)).square().sum()
 
 
@@ -195,10 +199,9 @@ class _Masks:
             bits = (torch.rand(2 * size, generator=own) >= DROP).float().to(rounded.device)
             self.bits[rounded.device] = bits
         start = int(torch.randint(len(bits) - size + 1, (), generator=self.draw))
-        return torch.lerp(before, rounded, bits[start : start + size].reshape(rounded.shape))
-
-    def seen(self, node: fx.Node, source: Any, value: Any) -> Any:
-        return self.mixed(source, value) if kind_of(node) == "quantizer" else value
+        # laid out as the values are, for mixed layouts are slow
+        layout = torch.empty_like(rounded, device="meta").stride()
+        return torch.lerp(before, rounded, bits.as_strided(rounded.shape, layout, start))
 
 
 def _problems(
@@ -237,7 +240,7 @@ class _Learned:
                 self.layers.append(layer)
                 twin = problem.twin.gm.get_submodule(str(node.target))
                 self.targets.append(twin.weight.detach())
-        called = Counter(module_of(n) for n in problem.block.nodes if kind_of(n) == "quantizer")
+        called = Counter(map(module_of, problem.block.quantizers))
         self.quantizers = [
             q
             for q, times in called.items()

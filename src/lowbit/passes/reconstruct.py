@@ -28,7 +28,7 @@ WALK_BYTES = 96 << 20
 
 def round_layers(
     gm: fx.GraphModule, float_gm: fx.GraphModule, data: Sequence[Inputs], *, seed: int = 0
-) -> list[Gain]:
+) -> tuple[list[Gain], list[Any]]:
     """Each layer rounded by GPTQ for the inputs that the rounded layers before it give.
 
     The target is the output of the float network, so a layer also makes good what the ones before it lost:
@@ -41,24 +41,29 @@ def round_layers(
         seed: of the choice of positions.
 
     Returns:
-        One entry for each layer with a quantized weight, in the order of execution.
+        One entry for each layer with a quantized weight, in the order of execution; and what the rounded
+        graph gives for each batch.
     """
-    counts, gains = calls(gm), []
+    counts, gains, outputs = calls(gm), list[Gain](), list[Any]()
     wanted = _Inputs(float_gm, data)
     total = len(layer_nodes(gm))
-    for reader, found in track(_inputs(gm, data), "rounding layers", total):
+    for reader, found in track(_inputs(gm, data, outputs), "rounding layers", total):
         layer, name = module_of(reader), str(reader.meta["name"])
         target = wanted.of(name)
         if not isinstance(layer, QLayer) or layer.weight_quantizer.spec.kind != "int":
             continue
         why = _obstacle(layer, counts[id(layer)])
         gains.append(Gain(name, why=why) if why else _round(layer, name, target, found, seed))
-    return gains
+    return gains, outputs
 
 
-def _inputs(gm: fx.GraphModule, data: Sequence[Inputs]) -> Iterator[tuple[fx.Node, list[Any]]]:
-    """Each call of a layer and what it reads, in every batch, before it runs."""
+def _inputs(
+    gm: fx.GraphModule, data: Sequence[Inputs], outputs: list[Any]
+) -> Iterator[tuple[fx.Node, list[Any]]]:
+    """Each call of a layer and what it reads, in every batch, before it runs; then `outputs` is filled."""
     for node, values in walk(gm, data, WALK_BYTES):
+        if node.op == "output":
+            outputs += values
         for user in node.users:
             if kind_of(user) == "layer" and user.args[0] is node:
                 yield user, values
@@ -68,7 +73,7 @@ class _Inputs:
     """What the layers of a graph read, asked for by name in any order that is near that of execution."""
 
     def __init__(self, gm: fx.GraphModule, data: Sequence[Inputs]) -> None:
-        self.steps, self.ahead = _inputs(gm, data), dict[str, list[Any]]()
+        self.steps, self.ahead = _inputs(gm, data, []), dict[str, list[Any]]()
 
     def of(self, name: str) -> list[Any]:
         while name not in self.ahead:
