@@ -10,8 +10,8 @@ from lowbit.processor import instructions
 __all__ = ["PRECISE", "advice", "float_layers", "saturates", "session"]
 
 # Without VNNI the kernels of ONNX Runtime for x86 add two products of uint8 and int8 in 16 bits, which
-# saturate: 255 * 127 * 2 does not fit. With this entry they take others, exact and slower. They do so with VNNI
-# too, whose own are exact: never give it there.
+# saturate: 255 * 127 * 2 does not fit. With this entry they take others, exact and slower. So they do with
+# VNNI, whose own are exact: never give it there.
 PRECISE = ("session.x64quantprecision", "1")
 # Rounds the float weights of a layer that reads quantized inputs to 8 bits, one scale for all, unasked.
 ROUNDS_WEIGHTS = "WeightBiasQuantization"
