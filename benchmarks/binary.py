@@ -18,8 +18,9 @@ linear: a 4096x4096 layer with ternary and with binary weights in ONNX Runtime, 
 accuracy: ResNet-20 (option B) on CIFAR-10 from the float network, with the augmentation and the defaults of
 `benchmarks/qat.py`: binary weights, ternary weights, and binary weights and activations, the network's own
 ReLUs kept, so that activations are 0 and 1. 'textbook' is binary weights with the plain straight-through
-estimator and the mean magnitude for the scale; 'relax', which --recipes asks for, has a forward pass that
-goes from the float weights to the rounded ones.
+estimator and the mean magnitude for the scale, in all layers but the first and the last; the presets keep 8
+bits in the 1x1 convolutions of shortcuts. --recipes has two more: 'shortcuts too', the preset with one bit
+there as well, and 'relax', whose forward pass goes from the float weights to the rounded ones.
 
 levels, gradients: how scale and threshold are chosen, and the estimators of one bit; seed 0.
 """
@@ -248,8 +249,14 @@ def linear(options: argparse.Namespace) -> Found:
 
 def textbook() -> Recipe:
     """Binary weights as in the first papers: plain straight-through, the scale the mean magnitude."""
-    base = preset("w1", estimator="ste")
+    base = all_of_one_bit("ste")
     return replace(base, rules=(*base.rules[:-1], replace(base.rules[-1], weight_observer="absmean")))
+
+
+def all_of_one_bit(estimator: str = "lsq") -> Recipe:
+    """Binary weights in shortcuts too."""
+    base = preset("w1", estimator=estimator)
+    return replace(base, rules=tuple(r for r in base.rules if r.match != "role:shortcut"))
 
 
 def accuracy(options: argparse.Namespace) -> Found:
@@ -260,6 +267,7 @@ def accuracy(options: argparse.Namespace) -> Found:
         "ternary": preset("ternary"),
         "w1a1": preset("w1a1"),
         "textbook": textbook(),
+        "shortcuts too": all_of_one_bit(),
         "relax": preset("w1", estimator="relax"),
     }
     table = Table(

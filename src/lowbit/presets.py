@@ -24,6 +24,7 @@ from lowbit.recipe import SPECS, Recipe, Rule
 __all__ = ["preset", "presets"]
 
 _EDGES = "the first and the last layer keep 8 bits"
+_SHORTCUTS = "with one bit elsewhere, 1x1 convolutions beside a residual branch keep 8 bits"
 _NAME = re.compile(r"(?:w([1-8])|ternary)(?:a([1-8])|a(8)-dynamic)?")
 _FIXED = re.compile(r"fixed([2-9]|1[0-6])")
 # activations of one bit; behind a ReLU `place` makes the codes 0 and 1 of it
@@ -64,9 +65,11 @@ def preset(
     Below 8 bits the first and the last layer keep 8-bit weights and inputs. Where activations have fewer than
     8 bits, these are the inputs of layers; sums, averages and the residual stream keep 8. Codes of
     `w1` to `w3` are odd (-3, -1, 1 and 3): as many on either side. Activations of one bit are signs, behind a
-    ReLU 0 and 1. `ternary`, `ternarya8` and so on have weights of -1, 0 and 1; `b1.58` has them with the mean
-    magnitude of the tensor for the scale, whatever the granularity, and 8-bit activations. BatchNorm is kept
-    for training and folded at freeze. Without training, weights below 8 bits are rounded by GPTQ.
+    ReLU 0 and 1. With one bit, 1x1 convolutions that are a shortcut by themselves keep 8 bits as well: they
+    are few, and carry everything past a block (Liu et al., "Bi-Real Net", 2018). `ternary`, `ternarya8` and
+    so on have weights of -1, 0 and 1; `b1.58` has them with the mean magnitude of the tensor for the scale,
+    whatever the granularity, and 8-bit activations. BatchNorm is kept for training and folded at freeze.
+    Without training, weights below 8 bits are rounded by GPTQ.
 
     `w8a8-dynamic`, `w4a8-dynamic` and so on: what linear layers read is rounded by the range that each token
     has itself as the network runs, and everything else stays in float; activations need no data.
@@ -112,6 +115,8 @@ def _few_bits(wide: Rule, codes: QuantSpec, inputs: int) -> tuple[Rule, ...]:
     edge = wide if codes.granularity == PerTensor() else replace(wide, weight=INT8)
     edge = replace(edge, reason=_EDGES)
     edges = tuple(replace(edge, match=f"role:{role}") for role in ("first", "last"))
+    if codes.is_binary or inputs == 1:
+        edges = (*edges, replace(edge, match="role:shortcut", reason=_SHORTCUTS))
     narrow = replace(wide, weight=codes)
     if not 0 < inputs < 8:
         return (*edges, narrow)

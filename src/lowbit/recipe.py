@@ -58,8 +58,11 @@ class Target(Protocol):
 
     @property
     def roles(self) -> frozenset[str]:
-        """Of "first", "last" and "layer", those it has."""
+        """Those of ROLES that it has."""
         ...
+
+
+ROLES = ("first", "last", "layer", "shortcut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,8 @@ class Rule:
     """How to quantize the operations whose name matches."""
 
     # glob on the dotted name; "re:..." a regular expression; "type:Conv2d" a class; "role:first", "role:last"
-    # the layers nearest the input and the output; "role:layer" whatever has a weight
+    # the layers nearest the input and the output; "role:layer" whatever has a weight; "role:shortcut" 1x1
+    # convolutions that are one side of a residual sum by themselves, of which there may be none
     match: str = "*"
     # spec of the weight, or its name: int8, int4, fp16, binary, ternary; None leaves it in float
     weight: QuantSpec | None = None
@@ -215,9 +219,9 @@ class Recipe:
             LowbitError: a rule that matches none of the targets.
         """
         for rule in self.rules:
-            if targets and not any(rule.matches(t) for t in targets):
+            if targets and rule.match != "role:shortcut" and not any(rule.matches(t) for t in targets):
                 names = [t.name for t in targets] + [f"type:{t.op}" for t in targets]
-                near = near_miss(rule.match, [*names, "role:first", "role:last"])
+                near = near_miss(rule.match, [*names, *(f"role:{role}" for role in ROLES)])
                 raise LowbitError(f"rule '{rule.match}' matches nothing in this model{near}")
         return {t.name: next((r for r in self.rules if r.matches(t)), None) for t in targets}
 

@@ -193,3 +193,30 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def test_which_batchnorm_can_be_folded(name: str) -> None:
     build, want = KEPT[name]
     assert [why for _, why in batchnorms(traced(build(), image()))] == want
+
+
+@pytest.mark.parametrize(
+    ("make", "shortcuts"),
+    [
+        ("projection", {"down"}),
+        ("pooled", {"down"}),
+        ("bottleneck", set()),
+        ("wide", set()),
+        ("chain", set()),
+    ],
+)
+def test_a_shortcut_is_a_small_convolution_alone_beside_a_branch(make: str, shortcuts: set[str]) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.stem(x).relu()
+        y = m.b(m.a(x).relu())
+        if make == "projection":
+            return m.head(y + m.norm(m.down(x)))
+        if make == "pooled":
+            return m.head(y + m.down(F.avg_pool2d(x, 3, 1, 1)))
+        if make == "wide":
+            return m.head(y + m.b(x))
+        return m.head(m.down(y) + x if make == "bottleneck" else m.down(y))
+
+    parts = {"stem": conv(3, 4), "a": conv(4, 4), "b": conv(4, 4), "down": conv(4, 4, 1), "head": conv(4, 4)}
+    gm = traced(Fn(forward, norm=nn.BatchNorm2d(4), **parts), image())
+    assert {o.name for o in operations(gm) if "shortcut" in o.roles} == shortcuts

@@ -68,7 +68,8 @@ def operations(gm: fx.GraphModule) -> list[Operation]:
     """Everything a rule can match: one entry for each call, or for each module called more than once.
 
     Layers inside submodules that could not be traced follow the call of their submodule. Whatever has a
-    weight has the role "layer"; the first and the last of these, lookups aside, are "first" and "last".
+    weight has the role "layer"; the first and the last of these, lookups aside, are "first" and "last", and
+    1x1 convolutions that are one side of a residual sum by themselves are "shortcut".
     """
     found: dict[str, str] = {}
     layers: list[str] = []  # one entry for each call
@@ -82,9 +83,27 @@ def operations(gm: fx.GraphModule) -> list[Operation]:
         found |= {name: op for name, op in here.items() if name not in found}
         layers += [name for name, op in here.items() if op in known_layers.names() and op != "Embedding"]
     roles = {name: {"layer"} if op in known_layers.names() else set() for name, op in found.items()}
-    for role, name in zip(("first", "last"), layers[:1] + layers[-1:], strict=False):
+    shortcuts = [rule_name(node) for node in layer_nodes(gm) if _is_shortcut(node)]
+    named = [*zip(("first", "last"), layers[:1] + layers[-1:], strict=False)]
+    for role, name in [*named, *(("shortcut", name) for name in shortcuts)]:
         roles[name].add(role)
     return [Operation(name, op, frozenset(roles[name])) for name, op in found.items()]
+
+
+def _is_shortcut(node: fx.Node) -> bool:
+    """Whether a 1x1 convolution reads what another branch reads too, and is added to that."""
+    layer, source, end = module_of(node), node.args[0], node
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)) or {*layer.kernel_size} != {1}:
+        return False
+    while isinstance(source, fx.Node) and kind_of(source) in ("pass", "average") and len(source.users) == 1:
+        source = source.args[0]
+    norms = [
+        user for user in end.users if user.op == "call_module" and isinstance(module_of(user), _BATCHNORMS)
+    ]
+    if len(end.users) == len(norms) == 1:
+        (end,) = norms
+    summed = any(kind_of(user) == "add" for user in end.users)
+    return summed and isinstance(source, fx.Node) and len(source.users) > 1
 
 
 def hidden_layers(gm: fx.GraphModule, leaf: str) -> Iterator[tuple[str, nn.Module]]:
