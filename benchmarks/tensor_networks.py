@@ -1,8 +1,8 @@
 """Tensor networks: how fast their layers are, what rounding costs them, and when they are worth it.
 
     python benchmarks/tensor_networks.py --parts speed noise
-    python benchmarks/tensor_networks.py --parts images ranks --out runs
-    python benchmarks/tensor_networks.py --parts cifar --data ../shared/data --out runs
+    python benchmarks/tensor_networks.py --parts images ranks
+    python benchmarks/tensor_networks.py --parts cifar --data DIR
 
 The layers of tensorly-torch are timed beside these where it is installed (`pip install tensorly-torch`).
 

@@ -113,6 +113,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "a drop": ({"recipe": "w8"}, ["--max-drop", "1"], "--max-drop is for --recipe auto, and"),
     "bits": ({"recipe": "w4a8"}, ["--bits", "4"], "--bits is for --recipe auto"),
     "val": ({"recipe": "w4a8"}, ["--val", "x.npz"], "--val is for --recipe auto"),
+    "resume": ({}, ["--resume", "folder"], "--resume keeps the layers of one recipe"),
     "no data": ({"data": None}, [], "--recipe auto compares recipes on your data; give --data"),
     "no labels": ({"data": "unlabelled"}, [], "--data, for there is no --val, has no labels"),
     "no batch": ({"data": "nothing"}, [], "--data, for there is no --val, holds no batch"),
@@ -128,3 +129,10 @@ def test_bad_input(name: str, script: str, capsys: pytest.CaptureFixture[str]) -
     error = capsys.readouterr().err
     assert message in error
     assert error.splitlines()[-1].startswith("error: ")
+
+
+def test_what_is_rounded_is_kept_where_asked(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(script).parent / "rounded"
+    first, again = (run(script, "--resume", str(folder), recipe="w4a8") for _ in range(2))
+    assert first == again == 0
+    assert sorted(folder.glob("*-gptq-*.safetensors"))

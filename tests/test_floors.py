@@ -15,7 +15,7 @@ SRC = Path(lowbit.__file__).parent
 FLOORS = {
     **dict.fromkeys(("core", "decompose", "kernels", "demo"), 0),
     **dict.fromkeys(("errors", "files", "processor", "progress", "registry", "sealed", "tables"), 0),
-    "distributed": 0,
+    **dict.fromkeys(("distributed", "finished"), 0),
     **dict.fromkeys(("presets", "recipe", "nn", "graph"), 1),
     **dict.fromkeys(("passes", "cost", "coverage", "model", "scales", "training"), 2),
     **dict.fromkeys(

@@ -19,6 +19,7 @@ __all__ = [
     "NumBatches",
     "OptionalData",
     "Output",
+    "Resume",
     "Shape",
     "Weights",
 ]
@@ -36,4 +37,8 @@ OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=DATA_HELP
 NumBatches = Annotated[int | None, typer.Option(min=1, help="use only so many batches")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="samples in a batch of an array file [64]")]
 Shape = Annotated[str | None, typer.Option(metavar="N,C,H,W", help="shape of the input")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="keep every layer that is rounded here, and go on from those that are"),
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else")]

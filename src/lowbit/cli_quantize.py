@@ -22,6 +22,7 @@ from lowbit.cli_options import (
     NumBatches,
     OptionalData,
     Output,
+    Resume,
     Shape,
     Weights,
 )
@@ -59,6 +60,7 @@ def quantize(
     num_batches: NumBatches = None,
     batch_size: BatchSize = None,
     input_shape: Shape = None,
+    resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Calibrate and quantize a model; a recipe for weights alone takes --input-shape instead of --data.
@@ -66,10 +68,7 @@ def quantize(
     With --recipe auto recipes are tried from the cheapest to the dearest, and the first is taken that loses
     no more accuracy than allowed on --val, or on --data where there is none; exit code 1 where none holds.
     """
-    asked = {"--val": val, "--max-drop": max_drop, "--bits": bits}
-    stray = next((name for name, value in asked.items() if value is not None), None)
-    if recipe != AUTO and stray is not None:
-        raise LowbitError(f"{stray} is for --recipe auto, and the recipe is '{recipe}'; leave it out")
+    _check_asked(recipe, {"--val": val, "--max-drop": max_drop, "--bits": bits}, resume)
     with answering(as_json) as answer:
         targets = [cli_inputs.writable(p, name) for p, name in ((output, "-o"), (onnx, "--onnx")) if p]
         answer.record["model"], holds = model, True
@@ -84,7 +83,7 @@ def quantize(
             batches = cli_inputs.calibration(chosen, data, input_shape, batch_size, num_batches)
             _show_plan(answer, network, chosen, next(iter(batches), None))
             calibration = {"calibration": batches} if data else {"example_inputs": batches[0]}
-            q = lowbit.quantize(network, chosen, num_batches=num_batches, **calibration)
+            q = lowbit.quantize(network, chosen, num_batches=num_batches, out=resume, **calibration)
         _tell(q, answer)
         lowbit.save(q, output)
         if onnx:
@@ -96,6 +95,15 @@ def quantize(
         answer.record["files"] = sizes
     if not holds:
         raise typer.Exit(1)
+
+
+def _check_asked(recipe: str, for_auto: dict[str, Any], resume: Any) -> None:
+    """Raise LowbitError for an option that goes with other recipes."""
+    stray = next((name for name, value in for_auto.items() if value is not None), None)
+    if recipe != AUTO and stray is not None:
+        raise LowbitError(f"{stray} is for --recipe auto, and the recipe is '{recipe}'; leave it out")
+    if recipe == AUTO and resume is not None:
+        raise LowbitError("--resume keeps the layers of one recipe, and auto tries several; leave it out")
 
 
 def _tell(q: QuantizedModel, answer: Answer) -> None:

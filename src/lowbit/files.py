@@ -1,16 +1,19 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what tells one content from another."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from lowbit.errors import LowbitError
 
-__all__ = ["atomic_path"]
+__all__ = ["atomic_path", "digest"]
 
 
 @contextmanager
@@ -38,3 +41,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise LowbitError(f"'{path}' cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of values, shapes and types, shortened."""
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(f"{t.dtype}{tuple(t.shape)}".encode())
+        found.update(t.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]

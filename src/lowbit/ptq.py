@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ def quantize(
     metric: Metric | None = None,
     max_drop: float | None = None,
     bits: int | None = None,
+    out: str | Path | None = None,
 ) -> QuantizedModel:
     """Post-training quantization in one call. The model is left as it was.
 
@@ -56,6 +58,8 @@ def quantize(
         max_drop: of "auto": how much of the metric may be lost, in its own units; 0.5 by default.
         bits: of "auto": of weights, but for the first and last layer and those that turn out to need more; 8
             by default.
+        out: folder in which every layer or block is that `gptq`, `adaround` or `brecq` has rounded; the same
+            call goes on from there. Not for "auto".
 
     Raises:
         LowbitError: activations are to be quantized without data, a rule matches nothing, the model does not
@@ -64,6 +68,8 @@ def quantize(
     asked = {"metric": metric, "max_drop": max_drop, "bits": bits}
     for_auto = {name: value for name, value in asked.items() if value is not None}
     if recipe == "auto":
+        if out is not None:
+            raise LowbitError("out keeps the layers of one recipe, and 'auto' tries several; leave it out")
         return _first_that_holds(model, calibration, num_batches, for_auto)
     for name, value in for_auto.items():
         shown = f"'{recipe}'" if isinstance(recipe, str) else f"a {type(recipe).__name__}"
@@ -76,7 +82,7 @@ def quantize(
         recipe = replace(recipe, fold_bn="before")
     if calibration is None:
         return _quantize_without_data(model, recipe, example_inputs)
-    return _quantize_on_data(model, recipe, calibration, num_batches)
+    return _quantize_on_data(model, recipe, calibration, num_batches, out)
 
 
 def _first_that_holds(
@@ -93,7 +99,7 @@ def _first_that_holds(
 
 
 def _quantize_on_data(
-    model: nn.Module, recipe: Recipe, calibration: Any, num_batches: int | None
+    model: nn.Module, recipe: Recipe, calibration: Any, num_batches: int | None, out: str | Path | None
 ) -> QuantizedModel:
     if isinstance(calibration, Iterator):
         calibration = list(batches(calibration, num_batches))
@@ -105,7 +111,7 @@ def _quantize_on_data(
 
     plain = replace(recipe, equalize=False, smooth=False)
     base, notes = float_graph(model, plain, example)
-    trial = Trial.on(base, example, notes, calibration, num_batches)
+    trial = Trial.on(base, example, notes, calibration, num_batches, out)
     q, reference = trial.calibrated(base, plain), base
     quality = trial.quality(q.graph)
     if recipe.equalize:

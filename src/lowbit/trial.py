@@ -6,7 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +15,8 @@ from torch import Tensor, fx
 from lowbit.assembly import assemble, smoothed
 from lowbit.core.qtensor import sqnr_db
 from lowbit.core.rounding import Gain
+from lowbit.files import digest
+from lowbit.finished import Finished
 from lowbit.graph.rewrite import clone
 from lowbit.graph.run import flat_tensors, noise_and_signal, peak_bytes
 from lowbit.graph.trace import Inputs, Note
@@ -52,6 +55,8 @@ class Trial:
     # the samples that corrections and measurements use, and the float outputs on them
     sample: list[Inputs]
     targets: list[list[Tensor]]
+    # folder for layers and blocks that are rounded
+    out: str | Path | None = None
 
     @classmethod
     def on(
@@ -61,11 +66,12 @@ class Trial:
         notes: list[Note],
         calibration: Any,
         num_batches: int | None,
+        out: str | Path | None = None,
     ) -> Trial:
         sample = _sample(calibration, num_batches, base)
         with torch.inference_mode():
             targets = [flat_tensors(inputs.call(base)) for inputs in sample]
-        return cls(example, notes, calibration, num_batches, sample, targets)
+        return cls(example, notes, calibration, num_batches, sample, targets, out)
 
     def _on_few(self) -> Trial:
         """The same on the first FEW samples, in whole batches."""
@@ -154,7 +160,8 @@ class Trial:
                 return q, quality
             reestimate(corrected, self.sample)
         elif step in ROUNDINGS:
-            gains, outputs = _rounded(step, corrected, reference, self.sample)
+            finished = self._finished(f"{len(q.steps)}-{step}", corrected)
+            gains, outputs = _rounded(step, corrected, reference, self.sample, finished)
             names = [gain.name for gain in gains if not gain.why]
         else:
             names = correct_outputs(corrected, reference, self.sample, scale=step == "affine_correct")
@@ -167,16 +174,28 @@ class Trial:
             q.graph = corrected
         return q, max(quality, after)
 
+    def _finished(self, work: str, gm: fx.GraphModule) -> Finished | None:
+        """Where what is done of that work is kept."""
+        if self.out is None:
+            return None
+        read = (t for inputs in self.sample for t in flat_tensors((inputs.args, dict(inputs.kwargs))))
+        return Finished(self.out, work, digest([*gm.state_dict().values(), *read]))
+
 
 def _rounded(
-    step: str, gm: fx.GraphModule, reference: fx.GraphModule, data: list[Inputs]
+    step: str,
+    gm: fx.GraphModule,
+    reference: fx.GraphModule,
+    data: list[Inputs],
+    finished: Finished | None,
 ) -> tuple[list[Gain], list[Any]]:
     """By the rounding of that name; and the outputs, where the rounding has come by them."""
     if step == "gptq":
-        return round_layers(gm, reference, data)
+        return round_layers(gm, reference, data, finished=finished)
     from lowbit.passes.learn_rounding import learn_rounding  # asked for by few, and not loaded for all
 
-    return learn_rounding(gm, reference, data, by="block" if step == "brecq" else "layer"), []
+    by: Literal["block", "layer"] = "block" if step == "brecq" else "layer"
+    return learn_rounding(gm, reference, data, by=by, finished=finished), []
 
 
 def _sample(data: Any, num_batches: int | None, gm: fx.GraphModule) -> list[Inputs]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from lowbit.core.qtensor import sqnr_db
 from lowbit.core.rounding import Gain
 from lowbit.core.soft_rounding import SoftRounding
+from lowbit.finished import Finished
 from lowbit.graph.blocks import Block, blocks, inputs_first, layer_blocks
 from lowbit.graph.match import calls
 from lowbit.graph.ops import is_tensor, kind_of, module_of
@@ -45,6 +46,7 @@ def learn_rounding(
     by: Literal["layer", "block"],
     epochs: int = EPOCHS,
     seed: int = 0,
+    finished: Finished | None = None,
 ) -> list[Gain]:
     """Each layer or block rounded as Adam finds best for inputs of the quantized network, from its codes on.
 
@@ -64,7 +66,8 @@ def learn_rounding(
         float_gm: the graph before quantizers were placed.
         by: what is learned together.
         epochs: how often each sample is seen; each costs four to five forward passes.
-        seed: of batches and masks.
+        seed: of batches and masks, which each layer or block begins anew.
+        finished: layers or blocks that are done are taken from there, and others go there.
 
     Returns:
         One entry for each layer or block, in order of execution, and for each layer that cannot be learned.
@@ -75,11 +78,19 @@ def learn_rounding(
     counts, gains, masks = calls(gm), list[Gain](), _Masks(seed) if by == "block" else None
     twin = _Twin(float_gm, found, parts, mixes=masks is not None)
     steps = max(FEWEST_STEPS, epochs * len(parts))
-    for problem in track(_problems(gm, twin, found, parts), f"rounding {by}s", len(found)):
+    problems = track(_problems(gm, twin, found, parts), f"rounding {by}s", len(found))
+    for piece, problem in enumerate(problems):
         learned = _Learned(problem, counts, scales=by == "block")
         gains += learned.obstacles
-        if learned.layers:
-            gains.append(_learn(problem, learned, steps, masks, seed))
+        if not learned.layers:
+            continue
+        done = finished and finished.load(piece)
+        if done:
+            gains.append(learned.restored(*done))
+            continue
+        gains.append(_learn(problem, learned, steps, masks, seed))
+        if finished:
+            finished.save(piece, learned.state() if not gains[-1].why else {}, asdict(gains[-1]))
     return gains
 
 
@@ -191,6 +202,11 @@ class _Masks:
         # by device: random zeros and ones, read from a random place on each time
         self.bits: dict[torch.device, Tensor] = {}
 
+    def begin(self) -> None:
+        """From the first one on, whatever was drawn before."""
+        self.draw.manual_seed(self.seed)
+        self.bits.clear()
+
     def mixed(self, before: Tensor, rounded: Tensor) -> Tensor:
         """Values before and after quantization, a share of DROP of the former."""
         size, bits = rounded.numel(), self.bits.get(rounded.device)
@@ -280,6 +296,28 @@ class _Learned:
         for quantizer in self.quantizers:
             quantizer.settle()
 
+    def state(self) -> dict[str, Tensor]:
+        """What was learned."""
+        found: dict[str, Tensor | None] = {}
+        for i, layer in enumerate(self.layers):
+            found |= {f"{i}.weight": layer.weight, f"{i}.bias": layer.bias}
+        for i, q in enumerate(self.quantizers):
+            found |= {f"{i}.scale": q.scale, f"{i}.zero_point": q.zero_point}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def restored(self, state: dict[str, Tensor], said: dict[str, Any]) -> Gain:
+        """The block as it was left, and what was said of it."""
+        for i, layer in enumerate(self.layers if state else ()):
+            place = layer.weight.device
+            layer.weight = nn.Parameter(state[f"{i}.weight"].to(place))
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(state[f"{i}.bias"].to(place))
+        for i, q in enumerate(self.quantizers if state else ()):
+            q.scale = state[f"{i}.scale"].to(q.scale.device)
+            if q.zero_point is not None:
+                q.zero_point = state[f"{i}.zero_point"].to(q.scale.device)
+        return Gain(**said)
+
     def revert(self) -> None:
         """As it was before `begin`; to be called after `end`."""
         for layer, weight, bias in self.was:
@@ -305,6 +343,8 @@ def _learn(problem: _Problem, learned: _Learned, steps: int, masks: _Masks | Non
         return Gain(name, why="no data reached it" if not signal else "its output has no error")
     before = sqnr_db(signal, noise)
     learned.begin()
+    if masks is not None:
+        masks.begin()
     _descend(problem, learned, steps, noise / problem.batches, masks, seed)
     learned.end()
     after = sqnr_db(signal, problem.noise())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from lowbit.core.qtensor import sqnr_db
 from lowbit.core.rounding import Gain, Objective, descend, feedback, refit_scale
+from lowbit.finished import Finished
 from lowbit.graph.match import calls, layer_nodes
 from lowbit.graph.ops import kind_of, module_of
 from lowbit.graph.run import walk
@@ -27,7 +29,12 @@ WALK_BYTES = 96 << 20
 
 
 def round_layers(
-    gm: fx.GraphModule, float_gm: fx.GraphModule, data: Sequence[Inputs], *, seed: int = 0
+    gm: fx.GraphModule,
+    float_gm: fx.GraphModule,
+    data: Sequence[Inputs],
+    *,
+    seed: int = 0,
+    finished: Finished | None = None,
 ) -> tuple[list[Gain], list[Any]]:
     """Each layer rounded by GPTQ for the inputs that the rounded layers before it give.
 
@@ -39,6 +46,7 @@ def round_layers(
         gm: the quantized graph with latent weights, changed in place.
         float_gm: the graph before quantizers were placed.
         seed: of the choice of positions.
+        finished: layers that are done are taken from there, and others go there.
 
     Returns:
         One entry for each layer with a quantized weight, in the order of execution; and what the rounded
@@ -52,8 +60,14 @@ def round_layers(
         target = wanted.of(name)
         if not isinstance(layer, QLayer) or layer.weight_quantizer.spec.kind != "int":
             continue
-        why = _obstacle(layer, counts[id(layer)])
-        gains.append(Gain(name, why=why) if why else _round(layer, name, target, found, seed))
+        why, done = _obstacle(layer, counts[id(layer)]), finished and finished.load(len(gains))
+        if done:
+            gains.append(_restored(layer, *done))
+            continue
+        gain = Gain(name, why=why) if why else _round(layer, name, target, found, seed)
+        if finished:
+            finished.save(len(gains), _state(layer) if not gain.why else {}, asdict(gain))
+        gains.append(gain)
     return gains, outputs
 
 
@@ -116,6 +130,21 @@ def _round(layer: QLayer, name: str, wanted: list[Tensor], found: list[Tensor], 
         layer.weight_quantizer.scale = grid.scale[..., 0].reshape(layer.weight_quantizer.scale.shape)
     layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias.detach() + shift)
     return Gain(name, before_db, after_db)
+
+
+def _state(layer: QLayer) -> dict[str, Tensor]:
+    """What `_round` changes."""
+    assert layer.bias is not None
+    return {"weight": layer.weight, "scale": layer.weight_quantizer.scale, "bias": layer.bias}
+
+
+def _restored(layer: QLayer, state: dict[str, Tensor], said: dict[str, Any]) -> Gain:
+    """The layer as it was left, and what was said of it."""
+    if state:
+        place = layer.weight.device
+        layer.weight, layer.bias = (nn.Parameter(state[name].to(place)) for name in ("weight", "bias"))
+        layer.weight_quantizer.scale = state["scale"].to(place)
+    return Gain(**said)
 
 
 def _has_scale_for_each_row(layer: QLayer) -> bool:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import CodeType
 from typing import Any
-
-from torch import Tensor
 
 from lowbit import distributed
 from lowbit.core.spec import QuantSpec
@@ -17,7 +15,7 @@ from lowbit.errors import LowbitError
 from lowbit.search.prober import Sums
 from lowbit.training.state import first_difference, plain
 
-__all__ = ["Journal", "Key", "digest", "named"]
+__all__ = ["Journal", "Key", "named"]
 
 # part of the data, path of the place, spec
 Key = tuple[int, str, QuantSpec]
@@ -114,12 +112,3 @@ def _code(code: CodeType) -> bytes:
     inner = b"".join(_code(c) for c in code.co_consts if isinstance(c, CodeType))
     constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
     return code.co_code + repr((code.co_names, constants)).encode() + inner
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of values, shapes and types, shortened."""
-    found = hashlib.sha256()
-    for t in tensors:
-        found.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        found.update(t.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]

@@ -13,11 +13,12 @@ from torch import Tensor
 from lowbit import distributed
 from lowbit.core.spec import QuantSpec
 from lowbit.errors import LowbitError
+from lowbit.files import digest
 from lowbit.graph.inputs import Inputs
 from lowbit.model import QuantizedModel
 from lowbit.progress import track
 from lowbit.search.curvature import Found, fisher_of, hessian_of
-from lowbit.search.journal import Journal, Key, digest, named
+from lowbit.search.journal import Journal, Key, named
 from lowbit.search.prober import Prober, Sums
 from lowbit.search.sites import (
     Candidate,
