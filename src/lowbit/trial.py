@@ -17,6 +17,7 @@ from lowbit.core.qtensor import sqnr_db
 from lowbit.core.rounding import Gain
 from lowbit.files import digest
 from lowbit.finished import Finished
+from lowbit.graph.inputs import mapped
 from lowbit.graph.rewrite import clone
 from lowbit.graph.run import flat_tensors, noise_and_signal, peak_bytes
 from lowbit.graph.trace import Inputs, Note
@@ -178,8 +179,11 @@ class Trial:
         """Where what is done of that work is kept."""
         if self.out is None:
             return None
-        read = (t for inputs in self.sample for t in flat_tensors((inputs.args, dict(inputs.kwargs))))
-        return Finished(self.out, work, digest([*gm.state_dict().values(), *read]))
+        read: list[Any] = []
+        for inputs in self.sample:
+            mapped(read.append, (inputs.args, inputs.kwargs))
+        tensors = [t for t in read if isinstance(t, Tensor)]
+        return Finished(self.out, work, digest([*gm.state_dict().values(), *tensors]))
 
 
 def _rounded(
