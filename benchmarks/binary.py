@@ -19,10 +19,10 @@ accuracy: ResNet-20 (option B) on CIFAR-10 from the float network, with the augm
 `benchmarks/qat.py`: binary weights, ternary weights, and binary weights and activations, the network's own
 ReLUs kept, so that activations are 0 and 1. 'textbook' is binary weights with the plain straight-through
 estimator and the mean magnitude for the scale, in all layers but the first and the last; the presets keep 8
-bits in the 1x1 convolutions of shortcuts. --recipes has two more: 'shortcuts too', the preset with one bit
-there as well, and 'relax', whose forward pass goes from the float weights to the rounded ones.
+bits in the 1x1 convolutions of shortcuts. --recipes has three more, with one bit there as well: 'shortcuts
+too', 'w1a1, shortcuts too', and 'relax', whose forward pass goes from the float weights to the rounded ones.
 
-levels, gradients: how scale and threshold are chosen, and the estimators of one bit; seed 0.
+levels, gradients: how scale and threshold are chosen, and the estimators of one bit, shortcuts too; seed 0.
 """
 
 from __future__ import annotations
@@ -249,13 +249,13 @@ def linear(options: argparse.Namespace) -> Found:
 
 def textbook() -> Recipe:
     """Binary weights as in the first papers: plain straight-through, the scale the mean magnitude."""
-    base = all_of_one_bit("ste")
+    base = all_of_one_bit("w1", "ste")
     return replace(base, rules=(*base.rules[:-1], replace(base.rules[-1], weight_observer="absmean")))
 
 
-def all_of_one_bit(estimator: str = "lsq") -> Recipe:
-    """Binary weights in shortcuts too."""
-    base = preset("w1", estimator=estimator)
+def all_of_one_bit(name: str, estimator: str = "lsq") -> Recipe:
+    """A preset whose shortcuts are as narrow as everything else."""
+    base = preset(name, estimator=estimator)
     return replace(base, rules=tuple(r for r in base.rules if r.match != "role:shortcut"))
 
 
@@ -267,8 +267,9 @@ def accuracy(options: argparse.Namespace) -> Found:
         "ternary": preset("ternary"),
         "w1a1": preset("w1a1"),
         "textbook": textbook(),
-        "shortcuts too": all_of_one_bit(),
-        "relax": preset("w1", estimator="relax"),
+        "shortcuts too": all_of_one_bit("w1"),
+        "w1a1, shortcuts too": all_of_one_bit("w1a1"),
+        "relax": all_of_one_bit("w1", "relax"),
     }
     table = Table(
         title=f"{options.epochs} epochs, last epoch: top-1 % on the 10,000 test images",
@@ -297,7 +298,7 @@ def levels(options: argparse.Namespace) -> Found:
     """Ways to choose the scale and the threshold."""
 
     def variant(name: str, estimator: str, observer: str = "mse", **changes: Any) -> Recipe:
-        base = preset(name, estimator=estimator)
+        base = all_of_one_bit(name, estimator)
         last = base.rules[-1]
         assert last.weight is not None
         rule = replace(last, weight_observer=observer, weight=replace(last.weight, **changes))
@@ -320,9 +321,9 @@ def levels(options: argparse.Namespace) -> Found:
 def gradients(options: argparse.Namespace) -> Found:
     """Estimators and reshapes of one bit."""
     names = [n for n in estimators.names() if estimators.get(n).one_bit]
-    variants = {f"w1a1, {name}": preset("w1a1", estimator=name) for name in ("lsq", "clipped_ste", *names)}
+    variants = {f"w1a1, {name}": all_of_one_bit("w1a1", name) for name in ("lsq", "clipped_ste", *names)}
     for reshape in ("standardize", "clip", "recu"):
-        base = preset("w1a1")
+        base = all_of_one_bit("w1a1")
         rules = tuple(
             replace(r, reshape=reshape) if r.weight and r.weight.is_binary else r for r in base.rules
         )

@@ -21,6 +21,7 @@ __all__ = [
     "Chain",
     "Fn",
     "InvertedResidual",
+    "Residual",
     "conv",
     "image",
     "quantizers",
@@ -85,6 +86,18 @@ class Fn(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)
+
+
+class Residual(nn.Module):
+    """Two convolutions beside the identity, a ReLU behind each."""
+
+    def __init__(self, channels: int = 4, inner: int | None = None) -> None:
+        super().__init__()
+        wide = inner or channels
+        self.a, self.b = conv(channels, wide), conv(wide, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.b(self.a(x).relu()) + x).relu()
 
 
 class Chain(nn.Sequential):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import conv
+from helpers import Residual, conv
 from torch import Tensor, nn
 
 import lowbit
@@ -17,18 +17,9 @@ from lowbit.finished import Finished
 from lowbit.passes import learn_rounding, reconstruct
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = conv(4, 6), conv(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.b(self.a(x).relu()) + x).relu()
-
-
 def network() -> nn.Module:
     torch.manual_seed(0)
-    body = [conv(3, 4), nn.ReLU(), Residual(), Residual(), nn.Flatten(), nn.Linear(4 * 36, 3)]
+    body = [conv(3, 4), nn.ReLU(), Residual(4, 6), Residual(4, 6), nn.Flatten(), nn.Linear(4 * 36, 3)]
     return nn.Sequential(*body).eval()
 
 

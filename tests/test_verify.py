@@ -224,6 +224,13 @@ def test_transposed_convolution_in_groups(label: str, tmp_path: Path) -> None:
     assert lowbit.verify(q, lowbit.export.onnx(q, tmp_path / "m.onnx"), data).ok
 
 
+def written(folder: Path) -> tuple[Any, Path, Any]:
+    """A quantized model, its file and its data."""
+    model, data = build("two inputs")
+    q = lowbit.quantize(model, "w8a8", data)
+    return q, lowbit.export.onnx(q, folder / "m.onnx"), data
+
+
 @pytest.mark.parametrize(
     ("instructions", "precise"),
     [
@@ -236,11 +243,10 @@ def test_transposed_convolution_in_groups(label: str, tmp_path: Path) -> None:
 def test_exact_kernels_are_asked_for_where_others_saturate_alone(
     instructions: Any, precise: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where there is VNNI they are exact anyhow, and those asked for are half as fast."""
+    """Where there is VNNI they are exact anyhow, and those asked for are slower."""
     monkeypatch.setattr(runtime, "instructions", lambda: instructions)
-    model, data = build("two inputs")
-    q = lowbit.quantize(model, "w8a8", data)
-    options = runtime.session(lowbit.export.onnx(q, tmp_path / "m.onnx"), threads=1).get_session_options()
+    _, path, _ = written(tmp_path)
+    options = runtime.session(path, threads=1).get_session_options()
     if precise:
         assert options.get_session_config_entry(runtime.PRECISE[0]) == "1"
     else:
@@ -256,9 +262,7 @@ def test_a_processor_that_saturates_is_named(
     instructions: Any, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(runtime, "instructions", lambda: instructions)
-    model, data = build("two inputs")
-    q = lowbit.quantize(model, "w8a8", data)
-    parity = lowbit.verify(q, lowbit.export.onnx(q, tmp_path / "m.onnx"), data)
+    parity = lowbit.verify(*written(tmp_path))
     assert bool(parity.advice) == bool(says)
     assert says in str(parity)
 

@@ -62,6 +62,7 @@ class Target(Protocol):
         ...
 
 
+# what an operation can be to the network; `graph.match.operations` finds it
 ROLES = ("first", "last", "layer", "shortcut")
 
 
@@ -166,7 +167,7 @@ class Recipe:
     # that read it; kept only when it helps on the calibration data
     smooth: bool = False
     # corrections after calibration, in order; each kept only when it helps. "gptq" rounds each layer for what
-    # it does to the data, and is the one to take: better than learned rounding alone, and far cheaper.
+    # it does to the data, and is the one to take: within a dB of learned rounding, and far cheaper.
     # "adaround" learns the rounding of each layer, "brecq" that of each block of layers together with the
     # scales of its activations; behind "gptq" they start from its codes, and add tenths of a dB where
     # activations have 4 bits. "equalize", at the head, is `equalize=True`

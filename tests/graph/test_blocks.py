@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import Fn, conv, image, traced
+from helpers import Fn, Residual, conv, image, traced
 from torch import Tensor, nn
 
 import lowbit
@@ -14,15 +14,6 @@ from lowbit.graph.blocks import Block, blocks, inputs_first, layer_blocks
 from lowbit.graph.inputs import Inputs
 from lowbit.graph.ops import kind_of
 from lowbit.graph.run import walk
-
-
-class Residual(nn.Module):
-    def __init__(self, channels: int = 4) -> None:
-        super().__init__()
-        self.a, self.b = conv(channels, channels), conv(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.b(self.a(x).relu()) + x).relu()
 
 
 def heads(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Fn, conv, sqnr, traced
+from helpers import Fn, Residual, conv, sqnr, traced
 from torch import Tensor, fx, nn
 
 import lowbit
@@ -29,18 +29,11 @@ A4 = replace(UINT8, bits=4)
 By = Literal["layer", "block"]
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = conv(4, 6), conv(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.b(self.a(x).relu()) + x).relu()
-
-
 def network() -> nn.Module:
     torch.manual_seed(0)
-    layers = nn.Sequential(conv(3, 4), nn.ReLU(), Residual(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 3))
+    layers = nn.Sequential(
+        conv(3, 4), nn.ReLU(), Residual(4, 6), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 3)
+    )
     return layers.eval()
 
 

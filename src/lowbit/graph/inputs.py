@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 from lowbit.errors import LowbitError
 from lowbit.graph.masks import holds_huge
 
-__all__ = ["Inputs", "Note", "mapped"]
+__all__ = ["Inputs", "Note", "mapped", "placed"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,12 @@ class Inputs:
         # what is called as it stands may rely on the usual layout
         traced = isinstance(module, fx.GraphModule) and not module.meta.get("leaves", True)
 
-        def moved(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if traced and value.ndim == 4 and value.is_floating_point():
-                return value.to(device, non_blocking=True, memory_format=torch.channels_last)
-            return value.to(device, non_blocking=True)
+        return self if device is None else self.to(device, channels_last=traced)
 
-        return self if device is None else Inputs(mapped(moved, self.args), mapped(moved, dict(self.kwargs)))
+    def to(self, device: torch.device, *, channels_last: bool) -> Inputs:
+        """The same call with its tensors on a device; images with channels last in memory when asked."""
+        move = partial(placed, device=device, channels_last=channels_last)
+        return Inputs(mapped(move, self.args), mapped(move, dict(self.kwargs)))
 
     @contextmanager
     def explaining(self, module: nn.Module) -> Iterator[None]:
@@ -140,6 +139,15 @@ class Inputs:
             return made
 
         return Inputs(tuple(draw(a) for a in self.args), {k: draw(v) for k, v in self.kwargs.items()})
+
+
+def placed(value: Any, device: torch.device, *, channels_last: bool) -> Any:
+    """A tensor on a device, an image with channels last in memory when asked; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if channels_last and value.ndim == 4 and value.is_floating_point():
+        return value.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return value.to(device, non_blocking=True)
 
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:

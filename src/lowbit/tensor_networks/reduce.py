@@ -164,7 +164,7 @@ def _bonds(network: nn.Module, path: str, noisy: fx.GraphModule) -> _Bonds:
     spectra = spectra_of(orthogonal([core.double() for core in latent.cores]))
     size = max(float(spectra[0].norm()), 1e-30)
     noise = float((latent.dense().double() - noisy_train.dense().double()).norm())
-    row = replace(row, noise=noise / size, why="every singular value is worth more than the noise")
+    row = replace(row, noise=noise / size, why="each of its ranks is worth more than may be lost")
     unit = max(noise, 1e-30)
     return _Bonds(path, row, tuple(s * math.sqrt(len(s)) / unit for s in spectra))
 

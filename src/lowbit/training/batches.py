@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lowbit.errors import LowbitError
-from lowbit.graph.inputs import Inputs, mapped
+from lowbit.graph.inputs import Inputs, mapped, placed
 
 __all__ = ["Batch", "check_data", "generators", "is_distributed", "length", "new_epoch", "split"]
 
@@ -32,16 +33,9 @@ class Batch:
 
     def to(self, device: torch.device, channels_last: bool) -> Batch:
         """On a device; images with channels last when asked."""
-
-        def moved(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if channels_last and value.ndim == 4 and value.is_floating_point():
-                return value.to(device, non_blocking=True, memory_format=torch.channels_last)
-            return value.to(device, non_blocking=True)
-
-        inputs = Inputs(mapped(moved, self.inputs.args), mapped(moved, dict(self.inputs.kwargs)))
-        return Batch(inputs, mapped(moved, self.labels), self.samples, self.total)
+        move = partial(placed, device=device, channels_last=channels_last)
+        inputs = self.inputs.to(device, channels_last=channels_last)
+        return Batch(inputs, mapped(move, self.labels), self.samples, self.total)
 
     def part(self, rank: int, world: int) -> Batch:
         """Samples rank, rank + world, ...; where there is none the first one, which counts for nothing."""
